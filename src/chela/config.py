@@ -1,0 +1,236 @@
+"""What a run is made of: frozen dataclasses and every check on them (`record` takes them to TOML and back).
+
+A field's docstring is its help on the command line. `dataclasses.replace` is the only way to change a value;
+each replacement is checked again. Sizes are plain counts: tokens, channels, examples, steps.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a model; everything its weights depend on and nothing else."""
+
+    kind: Literal["classifier", "two-tower", "causal-lm"] = "classifier"
+    """What the model answers: a class, a class of a pair, or the next token."""
+    inputs: Literal["tokens", "real"] = "tokens"
+    """Integer symbols, or real values (pixels, samples)."""
+    vocab: int = 256
+    """Number of symbols, when inputs are tokens; id 0 is padding unless the task says otherwise."""
+    channels: int = 1
+    """Real values per time step, when inputs are real."""
+    classes: int = 10
+    """Number of classes (classifier, two-tower)."""
+    layers: int = 6
+    """Number of blocks."""
+    d_model: int = 128
+    """Width D of the residual stream."""
+    d_ff: int = 256
+    """Width of the feed-forward part; 0 leaves it out."""
+    d_key: int = 64
+    """Width K of queries and keys, per head."""
+    d_value: int = 256
+    """Width of the values, over all heads."""
+    heads: int = 1
+    """Attention heads H; d_value must be a multiple of it."""
+    causal: bool = False
+    """Each position sees the past alone (always so in a language model)."""
+    short_width: int = 4
+    """Taps W of the short convolution; 0 leaves the stage out."""
+    kernel_length: int = 2048
+    """Taps L of the long convolution, which is also the longest sequence a classifier takes; 0 leaves the stage out."""
+    kernel: Literal["dense", "multiscale"] = "dense"
+    """Parameters of the long kernel: one a tap, or equally many an octave of lags."""
+    taps_per_octave: int = 16
+    """Parameters an octave of lags and channel, in the multiscale kernel."""
+    branches: tuple[int, ...] = (7, 31)
+    """Widths of the short branches that train beside the long kernel and fold into it."""
+    branch_norm: bool = False
+    """Batch norm on each branch (folded on merge); needs one convolution a branch while training."""
+    squash: float = 0.0
+    """Soft threshold on the taps of the long kernel."""
+    tap_dropout: float = 0.0
+    """Share of the long kernel's taps dropped in training."""
+    attention: bool = True
+    """Linear attention and its gate; False leaves the convolutions and the output gate."""
+    attention_norm: Literal["rms", "sum", "none"] = "rms"
+    """Normalisation of the attention output: RMS per head, the sum of weights (positive features), none."""
+    decay: bool = False
+    """A learned decay per head in the attention (causal only)."""
+    norm: Literal["layer", "rms", "scale", "batch"] = "layer"
+    """Norm around each half of a block."""
+    prenorm: bool = True
+    """Norm before each half (and once at the end) instead of after it."""
+    dropout: float = 0.0
+    """Dropout in the gates and the feed-forward part."""
+    pooling: Literal["mean", "first", "last", "query"] = "mean"
+    """How a classifier sums up a sequence; padding never counts."""
+    merged: bool = False
+    """The long convolution's branches are folded into one kernel: for inference, no longer trainable as branches."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab", "channels", "layers", "d_model", "d_key", "d_value", "heads", "taps_per_octave"):
+            _require(getattr(self, name) >= 1, f"model.{name} must be at least 1, got {getattr(self, name)}")
+        _require(self.classes >= 2, f"model.classes must be at least 2, got {self.classes}")
+        for name in ("d_ff", "short_width", "kernel_length", "squash"):
+            _require(getattr(self, name) >= 0, f"model.{name} must not be negative, got {getattr(self, name)}")
+        for name in ("tap_dropout", "dropout"):
+            _require(0 <= getattr(self, name) < 1, f"model.{name} must lie in [0, 1), got {getattr(self, name)}")
+        _require(
+            self.d_value % self.heads == 0,
+            f"model.d_value {self.d_value} is not a multiple of model.heads {self.heads}",
+        )
+        _require(all(w >= 1 for w in self.branches), f"model.branches must be positive widths, got {self.branches}")
+        _require(self.kind != "causal-lm" or self.causal, "a language model is causal: set model.causal true")
+        _require(
+            self.kind != "causal-lm" or self.norm != "batch",
+            "batch norm looks across positions and sequences: not for a language model; take model.norm layer, rms or scale",
+        )
+        _require(self.causal or not self.decay, "model.decay needs model.causal true")
+        _require(
+            self.attention or self.kernel_length > 0 or self.short_width > 0,
+            "nothing mixes the sequence: switch on model.attention, model.kernel_length or model.short_width",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which task, where its files lie, and how it is read."""
+
+    task: str = "digits"
+    """Task name: `chela data` lists them."""
+    root: Path = Path("~/.cache/chela")
+    """Folder of downloaded and generated data."""
+    max_length: int = 0
+    """Cut sequences to this many tokens; 0 takes the task's own length."""
+    min_length: int = 0
+    """Shortest tree, where the task is generated (ListOps); 0 takes the task's own."""
+    examples: int = 0
+    """Training examples to generate, where the task is generated; 0 takes the task's own number."""
+    seed: int = 0
+    """Seed of generated data and of splits that are not published; the seed of a run does not change them."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "min_length", "examples", "seed"):
+            _require(getattr(self, name) >= 0, f"data.{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW, its parameter groups and its schedule."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    kernel_lr: float = 0.0
+    """Peak learning rate of convolution kernels; 0 takes lr."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of matrices; none on kernels, norms, biases, gains and embeddings."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """AdamW's averaging rates."""
+    eps: float = 1e-8
+    """AdamW's denominator floor."""
+    clip: float = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+    warmup: int = 100
+    """Steps of linear warm-up."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """What follows the warm-up, down to zero at the last step (or constant)."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, f"optim.lr must be positive, got {self.lr}")
+        for name in ("kernel_lr", "weight_decay", "clip", "warmup"):
+            _require(getattr(self, name) >= 0, f"optim.{name} must not be negative, got {getattr(self, name)}")
+        _require(all(0 <= b < 1 for b in self.betas), f"optim.betas must lie in [0, 1), got {self.betas}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The training loop: how long, how often, on what."""
+
+    steps: int = 1000
+    """Optimiser steps."""
+    batch_size: int = 64
+    """Examples an optimiser step, over all processes and accumulation."""
+    accumulate: int = 1
+    """Slices a process cuts its share of the batch into, to save memory."""
+    eval_every: int = 100
+    """Steps between validations; the best one's weights are kept."""
+    eval_batch_size: int = 0
+    """Examples a validation batch; 0 takes batch_size."""
+    eval_examples: int = 0
+    """Validation examples looked at; 0 takes all."""
+    save_every: int = 100
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Checkpoints kept."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    time_limit: str = ""
+    """Save and stop after this long, e.g. 9m, 90s, 1h30m; the same command goes on."""
+    chance_after: int = 1000
+    """Warn when the training loss is still at chance after this many steps; 0 never warns."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes the GPU when there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute type under autocast (parameters stay float32); auto is bfloat16 on a GPU, float32 on a CPU."""
+    deterministic: bool = False
+    """Ask torch for deterministic algorithms everywhere."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "eval_every", "save_every", "keep", "log_every"):
+            _require(getattr(self, name) >= 1, f"train.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("eval_batch_size", "eval_examples", "chance_after"):
+            _require(getattr(self, name) >= 0, f"train.{name} must not be negative, got {getattr(self, name)}")
+        seconds(self.time_limit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run: a preset's name, a seed, and the four parts."""
+
+    preset: str = "custom"
+    """Name of the preset this run was derived from."""
+    seed: int = 0
+    """Seed of initial weights, of the order of examples and of dropout."""
+    out: Path = Path("")
+    """Folder of the run; empty means runs/PRESET-seedN."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+
+    @property
+    def folder(self) -> Path:
+        """Where the run lives: `out`, or runs/PRESET-seedN."""
+        return self.out if self.out != Path("") else Path("runs") / f"{self.preset}-seed{self.seed}"
+
+
+def seconds(duration: str) -> float | None:
+    """Turn `90s`, `9m` or `1h30m` into seconds; an empty string into None.
+
+    Raises:
+        ValueError: the text is not a duration.
+    """
+    if not duration:
+        return None
+    units = {"h": 3600.0, "m": 60.0, "s": 1.0}
+    total, number = 0.0, ""
+    for character in duration:
+        if character.isdigit() or character == ".":
+            number += character
+        elif character in units and number:
+            total, number = total + float(number) * units[character], ""
+        else:
+            raise ValueError(f"a duration looks like 90s, 9m or 1h30m; got {duration!r}")
+    _require(not number and total > 0, f"a duration looks like 90s, 9m or 1h30m; got {duration!r}")
+    return total
