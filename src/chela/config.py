@@ -91,7 +91,7 @@ class ModelConfig:
         _require(self.kind != "causal-lm" or self.causal, "a language model is causal: set model.causal true")
         _require(
             self.kind != "causal-lm" or self.norm != "batch",
-            "batch norm looks across positions and sequences: not for a language model; take model.norm layer, rms or scale",
+            "batch norm looks across positions: for a language model take model.norm layer, rms or scale",
         )
         _require(self.causal or not self.decay, "model.decay needs model.causal true")
         _require(

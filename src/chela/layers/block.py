@@ -1,0 +1,73 @@
+"""One block of the stack: norm, CHELA layer, norm, feed-forward."""
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from chela.layers.chela import ChelaLayer, LayerState
+from chela.layers.norms import NormKind, make_norm
+from chela.ops.impl import Impl
+
+
+class ChelaBlock(nn.Module):
+    """A CHELA layer and a feed-forward part, each with its norm before (pre-norm) or after it (post-norm).
+
+    Args:
+        layer: the sequence mixer; its gate is the residual connection.
+        d_ff: width of the feed-forward part; 0 leaves it out.
+        norm: "layer", "rms", "scale" or "batch".
+        prenorm: norm before each half instead of after it; the stack then ends in a norm of its own.
+        dropout: inside and after the feed-forward part.
+    """
+
+    def __init__(
+        self,
+        layer: ChelaLayer,
+        *,
+        d_ff: int = 256,
+        norm: NormKind = "layer",
+        prenorm: bool = True,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.prenorm = prenorm
+        self.layer = layer
+        self.layer_norm = make_norm(norm, layer.d_model)
+        self.feed_forward = self.feed_forward_norm = None
+        if d_ff > 0:
+            self.feed_forward_norm = make_norm(norm, layer.d_model)
+            self.feed_forward = nn.Sequential(
+                nn.Linear(layer.d_model, d_ff),
+                nn.SiLU(),
+                nn.Dropout(dropout),
+                nn.Linear(d_ff, layer.d_model),
+                nn.Dropout(dropout),
+            )
+
+    def forward(
+        self,
+        x: Float[Tensor, "b t d"],
+        *,
+        mask: Bool[Tensor, "b t"] | None = None,
+        state: LayerState | None = None,
+        return_state: bool = False,
+        cu_seqlens: Int[Tensor, " n_plus_1"] | None = None,
+        impl: Impl = "auto",
+    ) -> tuple[Float[Tensor, "b t d"], LayerState | None]:
+        """Apply the block to `x` [B, T, D]; arguments and result as `ChelaLayer`'s."""
+        carry = {
+            "mask": mask,
+            "state": state,
+            "return_state": return_state,
+            "cu_seqlens": cu_seqlens,
+            "impl": impl,
+        }
+        if self.prenorm:
+            x, after = self.layer(self.layer_norm(x, mask), residual=x, **carry)
+            if self.feed_forward is not None and self.feed_forward_norm is not None:
+                x = x + self.feed_forward(self.feed_forward_norm(x, mask))
+        else:
+            x, after = self.layer(x, **carry)
+            x = self.layer_norm(x, mask)
+            if self.feed_forward is not None and self.feed_forward_norm is not None:
+                x = self.feed_forward_norm(x + self.feed_forward(x), mask)
+        return x, after

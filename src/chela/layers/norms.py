@@ -1,0 +1,77 @@
+"""The norms a block can take. All share one call, `norm(x, mask)`, since batch norm alone must know the padding."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+NormKind = Literal["layer", "rms", "scale", "batch"]
+
+
+def make_norm(kind: NormKind, d_model: int) -> nn.Module:
+    """Build a norm over the last dimension of `[B, T, D]`, called as `norm(x, mask)`.
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    kinds = {"layer": LayerNorm, "rms": RMSNorm, "scale": ScaleNorm, "batch": BatchNorm}
+    if kind not in kinds:
+        raise ValueError(f"norm must be one of {', '.join(kinds)}; got {kind!r}")
+    return kinds[kind](d_model)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm (Ba et al. 2016) per position; padding has no influence."""
+
+    def forward(self, x: Float[Tensor, "b t d"], mask: Bool[Tensor, "b t"] | None = None) -> Float[Tensor, "b t d"]:
+        """Normalise each position over D."""
+        return super().forward(x)
+
+
+class RMSNorm(nn.RMSNorm):
+    """Root-mean-square norm (Zhang and Sennrich 2019) per position; padding has no influence."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__(d_model, eps=1e-6)
+
+    def forward(self, x: Float[Tensor, "b t d"], mask: Bool[Tensor, "b t"] | None = None) -> Float[Tensor, "b t d"]:
+        """Normalise each position over D."""
+        return super().forward(x)
+
+
+class ScaleNorm(nn.Module):
+    """One learned length for every position's vector (Nguyen and Salazar 2019): `g x / rms(x)`, g a scalar."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Float[Tensor, "b t d"], mask: Bool[Tensor, "b t"] | None = None) -> Float[Tensor, "b t d"]:
+        """Normalise each position over D."""
+        return nn.functional.rms_norm(x, x.shape[-1:], eps=1e-6) * self.gain.to(x.dtype)
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch norm over all real positions of all sequences: statistics leave padding out.
+
+    Under data parallelism the statistics are those of each process's own slice.
+    """
+
+    def forward(self, x: Float[Tensor, "b t d"], mask: Bool[Tensor, "b t"] | None = None) -> Float[Tensor, "b t d"]:
+        """Normalise each channel over B and T."""
+        if mask is None or not self.training:
+            return super().forward(x.flatten(0, 1)).view_as(x)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.momentum is not None
+        weight = mask.unsqueeze(-1).to(torch.float32)
+        count = weight.sum().clamp(min=1)
+        mean = (x.float() * weight).sum((0, 1)) / count
+        variance = ((x.float() - mean).square() * weight).sum((0, 1)) / count
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), self.momentum)
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked += 1
+        return ((x.float() - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias).to(x.dtype)

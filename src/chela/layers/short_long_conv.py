@@ -1,0 +1,166 @@
+"""The short-long convolution: local detail first, then one kernel as long as the sequence."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from chela.layers.long_kernel import BranchedKernel, FoldedKernel, KernelKind
+from chela.ops import long_conv, short_conv
+from chela.ops.impl import Impl
+
+
+class ShortLongState(NamedTuple):
+    """What the convolutions keep of the past."""
+
+    short: Float[Tensor, "b w d"] | None
+    """Last W-1 inputs of the short convolution; None without that stage."""
+    long: Float[Tensor, "b s d"] | None
+    """Last inputs of the long convolution, at most L-1; None without that stage."""
+
+
+class ShortLongConv(nn.Module):
+    """Depthwise `long_conv(SiLU(short_conv(x)))` whose long kernel is a sum of branches that folds (CHELA, section 3).
+
+    Args:
+        d_model: channels D.
+        kernel_length: taps L of the long stage; 0 leaves the stage out.
+        short_width: taps W of the short stage; 0 leaves the stage and its SiLU out.
+        causal: past only; otherwise both stages look both ways.
+        kernel: "dense" (a parameter a lag) or "multiscale" (equally many an octave of lags).
+        taps_per_octave: parameters an octave, for "multiscale".
+        branches: widths of the short branches beside the long kernel.
+        branch_norm: batch norm on each branch (one convolution a branch while training).
+        squash: soft threshold on the long branch's taps.
+        tap_dropout: share of the long branch's taps dropped while training.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        kernel_length: int,
+        short_width: int = 4,
+        causal: bool = True,
+        kernel: KernelKind = "dense",
+        taps_per_octave: int = 16,
+        branches: tuple[int, ...] = (7, 31),
+        branch_norm: bool = False,
+        squash: float = 0.0,
+        tap_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.d_model, self.causal, self.kernel_length = d_model, causal, kernel_length
+        if short_width > 0:
+            bound = short_width**-0.5
+            self.short_weight = nn.Parameter(torch.empty(d_model, short_width).uniform_(-bound, bound))
+            self.short_bias = nn.Parameter(torch.zeros(d_model))
+        else:
+            self.short_weight = self.short_bias = None
+        self.kernel: BranchedKernel | FoldedKernel | None = None
+        if kernel_length > 0:
+            self.kernel = BranchedKernel(
+                d_model,
+                kernel_length,
+                causal=causal,
+                kind=kernel,
+                taps_per_octave=taps_per_octave,
+                branches=branches,
+                branch_norm=branch_norm,
+                squash=squash,
+                tap_dropout=tap_dropout,
+            )
+
+    def merge(self) -> "ShortLongConv":
+        """Fold the branches into one kernel, in place; evaluation gives the same numbers to rounding.
+
+        Returns:
+            This module. Its `kernel` parameters are replaced, so an optimiser made before must be made anew.
+        """
+        if isinstance(self.kernel, BranchedKernel):
+            was_training = self.training
+            self.eval()  # tap dropout off, running statistics in
+            self.kernel = FoldedKernel(self.kernel())
+            self.train(was_training)
+        return self
+
+    def forward(
+        self,
+        x: Float[Tensor, "b t d"],
+        *,
+        mask: Bool[Tensor, "b t"] | None = None,
+        state: ShortLongState | None = None,
+        return_state: bool = False,
+        cu_seqlens: Int[Tensor, " n_plus_1"] | None = None,
+        impl: Impl = "auto",
+    ) -> tuple[Float[Tensor, "b t d"], ShortLongState | None]:
+        """Convolve `x` [B, T, D].
+
+        Args:
+            x: input.
+            mask: True at real tokens; padding reads as the zeros beyond the ends of a sequence.
+            state: what an earlier call returned (causal only).
+            return_state: also return the state after the last position (with a mask: padding must be on the left).
+            cu_seqlens: int32 [N+1], document boundaries of a packed batch with B = 1 (causal only).
+            impl: implementation of the ops.
+
+        Returns:
+            Output [B, T, D] (arbitrary at padding) and the state, or None.
+
+        Raises:
+            ValueError: mask together with state, or what the ops refuse.
+        """
+        if mask is not None and state is not None:
+            raise ValueError("mask and state exclude each other: padding cannot stand between a state and its tokens")
+        before = state or ShortLongState(None, None)
+        carry = {"causal": self.causal, "return_state": return_state, "cu_seqlens": cu_seqlens, "impl": impl}
+        after_short = after_long = None
+        u = _zero_padding(x, mask)
+        if self.short_weight is not None:
+            u, after_short = short_conv(
+                u, self.short_weight.to(u.dtype), self.short_bias, activation="silu", state=before.short, **carry
+            )
+            u = _zero_padding(u, mask)  # the bias made padding non-zero
+        z = u
+        if self.kernel is not None:
+            if isinstance(self.kernel, BranchedKernel) and self.kernel.norms is not None and self.training:
+                z = self._normed_branches(self.kernel, u, mask, before, return_state, cu_seqlens, impl)
+            else:
+                taps = self.kernel()
+                z, after_long = long_conv(u, taps.forward, reverse_kernel=taps.reverse, state=before.long, **carry)
+                if taps.bias is not None:
+                    z = z + taps.bias.to(z.dtype)
+        return z, ShortLongState(after_short, after_long) if return_state else None
+
+    def _normed_branches(
+        self,
+        kernel: BranchedKernel,
+        u: Tensor,
+        mask: Tensor | None,
+        before: ShortLongState,
+        return_state: bool,
+        cu_seqlens: Tensor | None,
+        impl: Impl,
+    ) -> Tensor:
+        """Each branch through its own convolution and batch norm: its statistics are not known before."""
+        if return_state or before.long is not None:
+            raise ValueError("branch norm trains on whole sequences: call eval() or merge() before carrying a state")
+        assert kernel.norms is not None
+        total = torch.zeros_like(u)
+        for index, norm in enumerate(kernel.norms):
+            taps = kernel.branch(index)
+            branch, _ = long_conv(
+                u,
+                taps.forward,
+                reverse_kernel=taps.reverse,
+                causal=self.causal,
+                cu_seqlens=cu_seqlens,
+                impl=impl,
+            )
+            total = total + norm(branch, mask)
+        return total
+
+
+def _zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0)

@@ -1,0 +1,122 @@
+"""The stack of blocks between an embedding and a head."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from chela.config import ModelConfig
+from chela.layers import ChelaBlock, ChelaLayer, ShortLongConv
+from chela.layers.norms import make_norm
+from chela.models.state import ChelaState
+from chela.ops.impl import Impl
+
+
+class Embedding(nn.Module):
+    """Symbols or real values to vectors of width D."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.inputs, self.vocab, self.channels = config.inputs, config.vocab, config.channels
+        if config.inputs == "tokens":
+            self.tokens = nn.Embedding(config.vocab, config.d_model)
+        else:
+            self.values = nn.Linear(config.channels, config.d_model)
+
+    def forward(self, inputs: Tensor) -> Float[Tensor, "b t d"]:
+        """Embed integers [B, T] or real values [B, T, C].
+
+        Raises:
+            ValueError: wrong shape or type; a token id out of range (on a CPU; a GPU is not synchronised for it).
+        """
+        if self.inputs == "real":
+            if inputs.ndim != 3 or inputs.shape[2] != self.channels or not inputs.is_floating_point():
+                raise ValueError(
+                    f"the model reads real values [B, T, {self.channels}], got {inputs.dtype} {tuple(inputs.shape)}"
+                )
+            return self.values(inputs)
+        if inputs.ndim != 2 or inputs.is_floating_point():
+            raise ValueError(f"the model reads integer tokens [B, T], got {inputs.dtype} {tuple(inputs.shape)}")
+        if inputs.device.type == "cpu" and inputs.numel() and not torch.compiler.is_compiling():
+            low, high = int(inputs.min()), int(inputs.max())
+            if low < 0 or high >= self.vocab:
+                wrong = low if low < 0 else high
+                raise ValueError(f"token id {wrong} is outside the model's vocabulary 0..{self.vocab - 1}")
+        return self.tokens(inputs)
+
+
+class Backbone(nn.Module):
+    """Embedding, blocks and, before pre-norm heads, a last norm: inputs to vectors [B, T, D]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(config)
+        self.blocks = nn.ModuleList(
+            ChelaBlock(
+                ChelaLayer(
+                    config.d_model,
+                    kernel_length=config.kernel_length,
+                    d_key=config.d_key,
+                    d_value=config.d_value,
+                    heads=config.heads,
+                    causal=config.causal,
+                    attention=config.attention,
+                    attention_norm=config.attention_norm,
+                    decay=config.decay,
+                    short_width=config.short_width,
+                    kernel=config.kernel,
+                    taps_per_octave=config.taps_per_octave,
+                    branches=config.branches,
+                    branch_norm=config.branch_norm,
+                    squash=config.squash,
+                    tap_dropout=config.tap_dropout,
+                    dropout=config.dropout,
+                ),
+                d_ff=config.d_ff,
+                norm=config.norm,
+                prenorm=config.prenorm,
+                dropout=config.dropout,
+            )
+            for _ in range(config.layers)
+        )
+        self.last_norm = make_norm(config.norm, config.d_model) if config.prenorm else None
+
+    def forward(
+        self,
+        inputs: Tensor,
+        *,
+        mask: Bool[Tensor, "b t"] | None = None,
+        state: ChelaState | None = None,
+        return_state: bool = False,
+        cu_seqlens: Int[Tensor, " n_plus_1"] | None = None,
+        impl: Impl = "auto",
+    ) -> tuple[Float[Tensor, "b t d"], ChelaState | None]:
+        """Run the stack over tokens [B, T] or real values [B, T, C]; arguments as `ChelaLayer`'s.
+
+        Raises:
+            ValueError: wrong inputs, or a state of another depth.
+        """
+        if state is not None and len(state.layers) != len(self.blocks):
+            raise ValueError(f"the state has {len(state.layers)} layers, the model {len(self.blocks)}")
+        x = self.embedding(inputs)
+        after = []
+        for index, block in enumerate(self.blocks):
+            x, layer_state = block(
+                x,
+                mask=mask,
+                state=state.layers[index] if state else None,
+                return_state=return_state,
+                cu_seqlens=cu_seqlens,
+                impl=impl,
+            )
+            after.append(layer_state)
+        if self.last_norm is not None:
+            x = self.last_norm(x, mask)
+        return x, ChelaState(tuple(after)) if return_state else None
+
+
+def merge(model: nn.Module) -> None:
+    """Fold the branches of every short-long convolution in `model`, in place."""
+    for module in model.modules():
+        if isinstance(module, ShortLongConv):
+            module.merge()

@@ -1,0 +1,97 @@
+"""The causal language model: whole sequences, prefill, and one token at a time on an explicit state."""
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from chela.config import ModelConfig
+from chela.models.backbone import Backbone, merge
+from chela.models.state import ChelaState
+from chela.ops.impl import Impl
+
+
+class CausalLM(nn.Module):
+    """Predict the next token.
+
+    Whole forward, prefill in any pieces and single steps give the same numbers to rounding. Sequences may be longer
+    than the kernel: the convolution then sees the last L inputs, the attention everything.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if not config.causal:
+            raise ValueError("a language model is causal: set model.causal true")
+        self.config = config
+        self.backbone = Backbone(config)
+        self.head = nn.Linear(config.d_model, config.vocab)
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "b t"],
+        mask: Bool[Tensor, "b t"] | None = None,
+        cu_seqlens: Int[Tensor, " n_plus_1"] | None = None,
+        *,
+        impl: Impl = "auto",
+    ) -> Float[Tensor, "b t vocab"]:
+        """Logits [B, T, vocab] of the token after each position.
+
+        Args:
+            tokens: int64 [B, T].
+            mask: True at real tokens; padding may be left or right.
+            cu_seqlens: int32 [N+1], document boundaries of a packed batch (B = 1).
+            impl: implementation of the ops.
+
+        Raises:
+            ValueError: wrong inputs.
+        """
+        x, _ = self.backbone(tokens, mask=mask, cu_seqlens=cu_seqlens, impl=impl)
+        return self.head(x)
+
+    def prefill(
+        self,
+        tokens: Int[Tensor, "b t"],
+        mask: Bool[Tensor, "b t"] | None = None,
+        state: ChelaState | None = None,
+        *,
+        impl: Impl = "auto",
+    ) -> tuple[Float[Tensor, "b t vocab"], ChelaState]:
+        """Read a piece of a sequence: logits [B, T, vocab] and the state after it.
+
+        Args:
+            tokens: int64 [B, T], T >= 1.
+            mask: True at real tokens, padding on either side; only for a first piece.
+            state: what an earlier piece returned.
+            impl: implementation of the ops.
+
+        Raises:
+            ValueError: wrong inputs, or mask together with state.
+        """
+        if mask is None:
+            x, after = self.backbone(tokens, state=state, return_state=True, impl=impl)
+        else:
+            # A state must not see padding after its tokens, so all padding goes to the front and the result back.
+            order = torch.argsort(mask.to(torch.uint8), dim=1, stable=True)  # [B, T]
+            x, after = self.backbone(
+                tokens.gather(1, order), mask=mask.gather(1, order), state=state, return_state=True, impl=impl
+            )
+            x = torch.empty_like(x).scatter(1, order.unsqueeze(-1).expand_as(x), x)
+        assert after is not None
+        return self.head(x), after
+
+    def step(
+        self, token: Int[Tensor, " b"], state: ChelaState, *, impl: Impl = "auto"
+    ) -> tuple[Float[Tensor, "b vocab"], ChelaState]:
+        """Read one token a row, int64 [B]: logits [B, vocab] and the state after it.
+
+        Raises:
+            ValueError: wrong inputs or a state of another model.
+        """
+        logits, after = self.prefill(token.unsqueeze(1), state=state, impl=impl)
+        return logits.squeeze(1), after
+
+    def merge(self) -> None:
+        """Fold the branches of every convolution in place: for inference, and one kernel to fold less a step."""
+        merge(self)
+        self.config = replace(self.config, merged=True)

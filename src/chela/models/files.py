@@ -1,0 +1,80 @@
+"""Weights on disk: safetensors with the model's settings in the header, written whole or not at all."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from chela.config import ModelConfig
+from chela.models.build import build
+from chela.models.causal_lm import CausalLM
+from chela.models.classifier import Classifier, TwoTowerClassifier
+from chela.record import differences, from_dict, to_dict
+
+
+def save_model(model: Classifier | TwoTowerClassifier | CausalLM, path: Path) -> None:
+    """Write weights and settings to `path`: aside first, then flushed and renamed, so a crash leaves the old file."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    aside = path.with_name(path.name + ".tmp")
+    with aside.open("wb") as file:
+        file.write(save(tensors, metadata={"model": json.dumps(to_dict(model.config), sort_keys=True)}))
+        file.flush()
+        os.fsync(file.fileno())
+    aside.rename(path)
+
+
+def load_model(
+    path: Path, config: ModelConfig | None = None, device: torch.device | str = "cpu"
+) -> Classifier | TwoTowerClassifier | CausalLM:
+    """Read a model back, in evaluation mode.
+
+    Args:
+        path: a file of `save_model`.
+        config: the settings expected; None takes those in the file.
+        device: where to put it.
+
+    Raises:
+        ValueError: no such file, truncated or not a model of ours, or saved with settings other than `config`.
+    """
+    settings, tensors = read_weights(path)
+    try:
+        saved = from_dict(ModelConfig, json.loads(settings["model"]), "model.")
+    except KeyError:
+        raise ValueError(f"{path} carries no model settings: it was not written by chela") from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: settings in the header: {error}") from None
+    if config is not None and config != saved:
+        changed = "; ".join(differences(saved, config, "model."))
+        raise ValueError(f"{path} was saved with other settings than its config says: {changed}")
+    model = build(saved)
+    expected = model.state_dict()
+    wrong = [
+        name
+        for name in expected.keys() | tensors.keys()
+        if name not in tensors or name not in expected or tensors[name].shape != expected[name].shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"{path} does not fit its settings: {sorted(wrong)[0]} is missing, unknown or misshapen"
+        )
+    model.load_state_dict(tensors)
+    return model.to(device).eval()
+
+
+def read_weights(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header and tensors of a safetensors file.
+
+    Raises:
+        ValueError: missing, truncated or not safetensors.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from None
