@@ -1,0 +1,162 @@
+"""Linear attention in plain torch: the definition, the recurrence, and the blocked form that runs.
+
+Shapes: B batch, T time, H heads, K key width, V value width, C chunk, N = T / C. With a decay g per head:
+
+    out_t = scale * (g^(t+1) q_t S_0 + sum_{s <= t} g^(t-s) (q_t . k_s) v_s)        S_t = g S_{t-1} + k_t v_t^T
+"""
+
+import functools
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from chela.ops.checks import compute_dtype
+from chela.ops.documents import each_document
+
+CHUNK = 64
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    decay: Tensor | None,
+    state: Tensor | None,
+    return_state: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Run the form with linear cost; arguments as in `chela.ops.linear_attention`, already checked."""
+    dtype, wide = v.dtype, compute_dtype(v.dtype)
+    q, k, v = q.to(wide) * scale, k.to(wide), v.to(wide)
+    if decay is not None:
+        decay = decay.to(wide)
+    if not causal:
+        return bidirectional(q, k, v).to(dtype), None
+    run = functools.partial(chunked, decay=decay)
+    if cu_seqlens is not None:
+        out, state = each_document(run, (q, k, v), cu_seqlens, state)
+    else:
+        out, state = run(q, k, v, state)
+    return out.to(dtype), state if return_state else None
+
+
+def linear_attention_step(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, *, scale: float, decay: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Take one token; arguments as in `chela.ops.linear_attention_step`, already checked."""
+    dtype, wide = v.dtype, compute_dtype(v.dtype)
+    out, state = step(q.to(wide) * scale, k.to(wide), v.to(wide), state, None if decay is None else decay.to(wide))
+    return out.to(dtype), state
+
+
+def quadratic(
+    q: Float[Tensor, "b t h k"],
+    k: Float[Tensor, "b t h k"],
+    v: Float[Tensor, "b t h v"],
+    state: Float[Tensor, "b h k v"] | None = None,
+    decay: Float[Tensor, " h"] | None = None,
+) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "b h k v"]]:
+    """The causal definition, with every pair of tokens written out: O(T^2)."""
+    time = torch.arange(q.shape[1], device=q.device)
+    lag = time[:, None] - time[None, :]
+    gamma = q.new_ones(q.shape[2]) if decay is None else decay
+    weight = (gamma[:, None, None] ** lag.clamp(min=0)).masked_fill(lag < 0, 0)  # [H, T, T]
+    scores = torch.einsum("bthk,bshk->bhts", q, k) * weight
+    out = torch.einsum("bhts,bshv->bthv", scores, v)
+    to_end = gamma[:, None] ** time.flip(0)  # [H, T]
+    after = torch.einsum("hs,bshk,bshv->bhkv", to_end, k, v)
+    if state is not None:
+        from_start = gamma[:, None] ** (time + 1)  # [H, T]
+        out = out + torch.einsum("ht,bthk,bhkv->bthv", from_start, q, state)
+        after = after + (gamma ** q.shape[1])[:, None, None] * state
+    return out, after
+
+
+def step(
+    q: Float[Tensor, "b h k"],
+    k: Float[Tensor, "b h k"],
+    v: Float[Tensor, "b h v"],
+    state: Float[Tensor, "b h k v"],
+    decay: Float[Tensor, " h"] | None = None,
+) -> tuple[Float[Tensor, "b h v"], Float[Tensor, "b h k v"]]:
+    """One token: O(K V)."""
+    kept = state if decay is None else decay[:, None, None] * state
+    state = kept + k.unsqueeze(-1) * v.unsqueeze(-2)
+    return torch.einsum("bhk,bhkv->bhv", q, state), state
+
+
+def recurrent(
+    q: Float[Tensor, "b t h k"],
+    k: Float[Tensor, "b t h k"],
+    v: Float[Tensor, "b t h v"],
+    state: Float[Tensor, "b h k v"] | None = None,
+    decay: Float[Tensor, " h"] | None = None,
+) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "b h k v"]]:
+    """One token after the other: O(T), and how a model generates."""
+    state = _zeros(k, v) if state is None else state
+    outs = []
+    for t in range(q.shape[1]):
+        out, state = step(q[:, t], k[:, t], v[:, t], state, decay)
+        outs.append(out)
+    return torch.stack(outs, dim=1), state
+
+
+def chunked(
+    q: Float[Tensor, "b t h k"],
+    k: Float[Tensor, "b t h k"],
+    v: Float[Tensor, "b t h v"],
+    state: Float[Tensor, "b h k v"] | None = None,
+    decay: Float[Tensor, " h"] | None = None,
+    chunk: int = CHUNK,
+) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "b h k v"]]:
+    """Pairs inside a chunk, a running state between chunks: O(T), in matrix products.
+
+    Without decay the running state is a prefix sum. With decay it is a loop over chunks (unrolled by torch.compile).
+    """
+    length = q.shape[1]
+    state = _zeros(k, v) if state is None else state
+    if length == 0:
+        return torch.zeros_like(v), state
+    whole = length - length % chunk
+    if 0 < whole < length:  # the last, shorter chunk by itself
+        head, state = chunked(q[:, :whole], k[:, :whole], v[:, :whole], state, decay, chunk)
+        tail, state = chunked(q[:, whole:], k[:, whole:], v[:, whole:], state, decay, chunk)
+        return torch.cat([head, tail], dim=1), state
+    c = min(chunk, length)
+    q, k, v = (rearrange(x, "b (n c) h w -> b h n c w", c=c) for x in (q, k, v))
+    scores = q @ k.mT  # [B, H, N, C, C]
+    if decay is None:
+        added = k.mT @ v  # [B, H, N, K, V]
+        states = torch.cat([state.unsqueeze(2), added], dim=2).cumsum(dim=2)  # [B, H, N+1, K, V]
+        out = scores.tril() @ v + q @ states[:, :, :-1]
+        state = states[:, :, -1].clone()
+    else:
+        place = torch.arange(c, device=q.device)
+        gamma = decay[:, None, None]
+        lag = place[:, None] - place[None, :]
+        inside = (gamma ** lag.clamp(min=0)).tril()[:, None]  # [H, 1, C, C]
+        to_end = (gamma ** place.flip(0)[:, None])[:, None]  # [H, 1, C, 1]
+        from_start = (gamma ** (place + 1)[:, None])[:, None]  # [H, 1, C, 1]
+        added = (k * to_end).mT @ v  # [B, H, N, K, V]
+        before = []
+        for n in range(added.shape[2]):
+            before.append(state)
+            state = gamma**c * state + added[:, :, n]
+        out = (scores * inside) @ v + (q * from_start) @ torch.stack(before, dim=2)
+    return rearrange(out, "b h n c w -> b (n c) h w"), state
+
+
+def bidirectional(
+    q: Float[Tensor, "b t h k"], k: Float[Tensor, "b t h k"], v: Float[Tensor, "b t h v"]
+) -> Float[Tensor, "b t h v"]:
+    """All tokens see all tokens: `q (K^T V)`, O(T)."""
+    return torch.einsum("bthk,bhkv->bthv", q, torch.einsum("bshk,bshv->bhkv", k, v))
+
+
+def _zeros(k: Tensor, v: Tensor) -> Tensor:
+    return k.new_zeros(k.shape[0], k.shape[2], k.shape[3], v.shape[3])

@@ -1,0 +1,108 @@
+"""Long depthwise convolution: a kernel as long as the sequence, one a channel."""
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from chela.ops.checks import check_alike, check_causal_only, check_documents, check_shape
+from chela.ops.impl import Impl, resolve
+from chela.ops.long_conv import reference
+
+
+def long_conv(
+    x: Float[Tensor, "b t d"],
+    kernel: Float[Tensor, "d l"],
+    *,
+    reverse_kernel: Float[Tensor, "d l2"] | None = None,
+    causal: bool = True,
+    state: Float[Tensor, "n s d"] | None = None,
+    return_state: bool = False,
+    cu_seqlens: Int[Tensor, " n_plus_1"] | None = None,
+    impl: Impl = "auto",
+) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "n s d"] | None]:
+    """Convolve each channel with its own kernel over lags: `out_t = sum_{l >= 0} kernel[:, l] x_{t-l}`.
+
+    With a reverse kernel, `sum_{l >= 1} reverse_kernel[:, l-1] x_{t+l}` is added. The convolution is linear, never
+    circular: beyond the ends x is zero. Lags that reach beyond both x and the state are ignored, so a kernel may be
+    longer or shorter than T. Sums and Fourier transforms are in float32 (float64 for float64); the transform's
+    rounding error is relative to the largest entry of a row, so in the causal form the past can feel the future by
+    that much.
+
+    Args:
+        x: input [B, T, D].
+        kernel: taps over lags 0..L-1 into the past [D, L], L >= 1; any floating dtype no wider than the sums'.
+        reverse_kernel: taps over lags 1..L2 into the future [D, L2], likewise; only with `causal=False`. None has no
+            future part, also with `causal=False`.
+        causal: past and present only.
+        state: the last S inputs before x, most recent last [B, S, D] in x's dtype; any S from 0 to L-1, fewer than
+            L-1 meaning that nothing came before them. Packed: [N, S, D].
+        return_state: also return the last min(S + T, L-1) inputs.
+        cu_seqlens: int32 [N+1], ends of N documents packed along T with B = 1: starts at 0, never decreases, may
+            repeat (empty documents), ends at T. A document's numbers never depend on its neighbours.
+        impl: "auto" or "reference"; there are no Triton kernels yet.
+
+    Returns:
+        Output [B, T, D] in x's dtype, and the state [B, min(S + T, L-1), D] (packed: [N, L-1, D], with zeros in
+        front where fewer inputs came), or None.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; state or cu_seqlens without `causal=True`; reverse_kernel
+            with it; the implementation cannot run here. The contents of cu_seqlens are checked on the CPU only.
+    """
+    if x.dim() != 3:
+        raise ValueError(f"x must be [B, T, D]; got {list(x.shape)}")
+    _check_kernel("kernel", kernel, x, least=1)
+    check_causal_only(causal, state, return_state, cu_seqlens)
+    if reverse_kernel is not None:
+        if causal:
+            raise ValueError("reverse_kernel looks into the future: it needs causal=False")
+        _check_kernel("reverse_kernel", reverse_kernel, x, least=0)
+    if cu_seqlens is not None:
+        check_documents(cu_seqlens, x)
+    if state is not None:
+        rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        _check_state(state, rows, x, kernel, "[B, S, D]" if cu_seqlens is None else "[N, S, D]")
+    check_alike({"x": x}, {"kernel": kernel, "reverse_kernel": reverse_kernel})
+    resolve(impl, x.device, "long_conv")
+    return reference.long_conv(
+        x, kernel, reverse_kernel=reverse_kernel, state=state, return_state=return_state, cu_seqlens=cu_seqlens
+    )
+
+
+def long_conv_step(
+    x: Float[Tensor, "b d"], kernel: Float[Tensor, "d l"], *, state: Float[Tensor, "b s d"], impl: Impl = "auto"
+) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b s_plus_1 d"]]:
+    """Take one token of the causal convolution: O(S). The state passed in is left as it was.
+
+    Args:
+        x: input [B, D].
+        kernel: taps over lags 0..L-1 [D, L].
+        state: the last S inputs [B, S, D], S from 0 (before the first token) to L-1.
+        impl: as in `long_conv`.
+
+    Returns:
+        Output [B, D] in x's dtype and the new state [B, min(S + 1, L-1), D].
+
+    Raises:
+        ValueError: as in `long_conv`.
+    """
+    if x.dim() != 2:
+        raise ValueError(f"x must be [B, D]; got {list(x.shape)}")
+    _check_kernel("kernel", kernel, x, least=1)
+    _check_state(state, x.shape[0], x, kernel, "[B, S, D]")
+    check_alike({"x": x}, {"kernel": kernel})
+    resolve(impl, x.device, "long_conv")
+    return reference.long_conv_step(x, kernel, state=state)
+
+
+def _check_kernel(name: str, kernel: Tensor, x: Tensor, least: int) -> None:
+    channels = x.shape[-1]
+    if kernel.dim() != 2 or kernel.shape[0] != channels or kernel.shape[1] < least:
+        raise ValueError(f"{name} must be [D, L] with D = {channels}, L >= {least}; got {list(kernel.shape)}")
+
+
+def _check_state(state: Tensor, rows: int, x: Tensor, kernel: Tensor, legend: str) -> None:
+    if state.dim() != 3 or state.shape[1] > kernel.shape[1] - 1:
+        reach = kernel.shape[1] - 1
+        raise ValueError(f"state must be {legend} with S at most L-1 = {reach}; got {list(state.shape)}")
+    check_shape("state", state, (rows, state.shape[1], x.shape[-1]), legend)
+    check_alike({"x": x, "state": state}, {})

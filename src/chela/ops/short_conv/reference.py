@@ -1,0 +1,75 @@
+"""Short depthwise convolution in plain torch: the sum over taps that defines it, and the form that runs.
+
+Shapes: B batch, T time, D channels, W taps. `padded` is the input with `left` rows in front (the state, or zeros)
+and W-1-left zero rows behind, so that `out_t = bias + sum_j weight[:, j] padded_{t + j}`.
+"""
+
+import functools
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from chela.ops.checks import compute_dtype
+from chela.ops.documents import each_document
+
+
+def short_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    causal: bool,
+    activation: str | None,
+    state: Tensor | None,
+    return_state: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Run the convolution; arguments as in `chela.ops.short_conv`, already checked."""
+    width = weight.shape[1]
+    if not causal:
+        left = (width - 1) // 2
+        return _run(F.pad(x, (0, 0, left, width - 1 - left)), weight, bias, activation), None
+
+    def run(x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        padded = F.pad(x, (0, 0, width - 1, 0)) if state is None else torch.cat([state, x], dim=1)
+        return _run(padded, weight, bias, activation), padded[:, x.shape[1] :].clone()
+
+    if cu_seqlens is not None:
+        out, state = each_document(run, (x,), cu_seqlens, state)
+    else:
+        out, state = run(x, state)
+    return out, state if return_state else None
+
+
+def short_conv_step(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, state: Tensor, activation: str | None
+) -> tuple[Tensor, Tensor]:
+    """Take one token; arguments as in `chela.ops.short_conv_step`, already checked."""
+    window = torch.cat([state, x.unsqueeze(1)], dim=1)  # [B, W, D]
+    return _run(window, weight, bias, activation, form=taps).squeeze(1), window[:, 1:].clone()
+
+
+def taps(
+    padded: Float[Tensor, "b t_plus_w_minus_1 d"], weight: Float[Tensor, "d w"], bias: Float[Tensor, " d"] | None
+) -> Float[Tensor, "b t d"]:
+    """The definition: shifted inputs times taps."""
+    width = weight.shape[1]
+    length = padded.shape[1] - (width - 1)
+    shifted = (weight[:, j] * padded[:, j : j + length] for j in range(width))
+    out = functools.reduce(torch.add, shifted)
+    return out if bias is None else out + bias
+
+
+def conv1d(
+    padded: Float[Tensor, "b t_plus_w_minus_1 d"], weight: Float[Tensor, "d w"], bias: Float[Tensor, " d"] | None
+) -> Float[Tensor, "b t d"]:
+    """The same through torch's grouped convolution, one group a channel."""
+    return F.conv1d(padded.mT, weight.unsqueeze(1), bias, groups=weight.shape[0]).mT
+
+
+def _run(padded: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, form=conv1d) -> Tensor:
+    wide = compute_dtype(padded.dtype)
+    out = form(padded.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+    return (F.silu(out) if activation == "silu" else out).to(padded.dtype)
