@@ -1,0 +1,42 @@
+"""Files that are written whole or not at all."""
+
+import os
+import shutil
+from pathlib import Path
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write aside, flush to disk, rename: a crash leaves the old file or the new one."""
+    aside = path.with_name(path.name + ".tmp")
+    write_synced(aside, content)
+    aside.rename(path)
+    sync_folder(path.parent)
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file and flush it to disk."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Flush a folder's list of names to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def same_file(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source` (a hard link, or a copy where the file system has none), in one move."""
+    aside = target.with_name(target.name + ".tmp")
+    aside.unlink(missing_ok=True)
+    try:
+        os.link(source, aside)
+    except OSError:
+        shutil.copyfile(source, aside)
+    aside.replace(target)  # does nothing when both already are one file
+    aside.unlink(missing_ok=True)

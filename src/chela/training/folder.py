@@ -1,0 +1,118 @@
+"""The folder of a run: whose it is, how far it got, and that one process alone writes in it."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import tomli_w
+
+from chela.config import RunConfig
+from chela.record import load_toml, to_dict
+from chela.training import checkpoint, journal
+from chela.training.checkpoint import State
+from chela.training.files import same_file, write_whole
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a folder held."""
+
+    end: dict[str, Any] | None = None
+    """The journal's last line, if the run is finished."""
+    checkpoint: str = ""
+    """Name of the newest checkpoint."""
+    state: State = field(default_factory=State)
+    """Its state; the beginning, where there is none."""
+
+    def to_json(self) -> str:
+        """As text, for the other processes."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Found":
+        """The inverse of `to_json`."""
+        values = json.loads(text)
+        return cls(**values | {"state": State(**values["state"])})
+
+
+class RunFolder:
+    """Paths of a run and the steps of taking it over. All writing is for rank 0."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.toml"
+        self.journal = path / "metrics.jsonl"
+        self.weights = path / "model.safetensors"
+        self.checkpoints = path / "checkpoint"
+        self._held: IO[str] | None = None
+
+    def inspect(self, run: RunConfig) -> Found:
+        """Look before anything is loaded; locks the folder if it holds a run, and changes nothing else.
+
+        Raises:
+            ValueError: in use, another run's, not a run's, or damaged.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{self.path} is a file, not a folder: give the run another --out")
+        if not self.config.exists():
+            for path in (self.journal, self.weights, self.checkpoints):
+                if path.exists():
+                    raise ValueError(f"{path} exists, but {self.config} does not: give the run another --out")
+            return Found()
+        self._lock()
+        old, saved = load_toml(self.config), checkpoint.steps(self.checkpoints)
+        if saved or self.weights.exists():
+            checkpoint.refuse_conflicts(old, run, self.path)
+        if self.weights.exists() and self.journal.exists():
+            entries = journal.read(self.journal)
+            if entries and entries[-1].get("status") == "done":
+                return Found(end=entries[-1])
+        if not saved:
+            return Found()
+        state, recorded = checkpoint.verify(saved[-1])
+        checkpoint.refuse_conflicts(recorded, run, self.path)
+        return Found(checkpoint=saved[-1].name, state=state)
+
+    def claim(self, run: RunConfig, found: Found) -> None:
+        """Make the folder this run's: lock it, write its settings, rewind journal and best weights to the checkpoint.
+
+        Raises:
+            ValueError: in use.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self._held is None:
+            self._lock()
+            if self.config.exists():
+                raise ValueError(f"another process has just begun in {self.path}: give this run another --out")
+        write_whole(self.config, tomli_w.dumps(to_dict(run)).encode())
+        self.checkpoints.mkdir(exist_ok=True)
+        checkpoint.prune(self.checkpoints, run.train.keep)
+        if found.checkpoint:
+            journal.cut(self.journal, found.state.step)
+        else:
+            self.journal.unlink(missing_ok=True)
+        if found.state.best is not None:
+            same_file(self.checkpoints / found.checkpoint / "best.safetensors", self.weights)
+        else:
+            self.weights.unlink(missing_ok=True)
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let other processes have the folder; the system does the same when this process is killed."""
+        if self._held:
+            self._held.close()
+            self._held = None
+
+    def _lock(self) -> None:
+        import fcntl  # POSIX
+
+        held = (self.path / ".lock").open("a")
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held.close()
+            raise ValueError(f"{self.path} is in use by another process: wait for it, or give another --out") from None
+        self._held = held

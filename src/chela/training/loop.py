@@ -1,0 +1,295 @@
+"""Training, from the settings of a run to its tested weights. Read it from the top."""
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from rich.console import Console
+
+from chela.config import RunConfig, seconds
+from chela.data import Task, load_task
+from chela.models import build, save_model
+from chela.models.files import read_weights
+from chela.training import distributed, metrics
+from chela.training.checkpoint import restore, save_checkpoint
+from chela.training.checks import check_run
+from chela.training.device import compute_type, deterministic
+from chela.training.folder import Found, RunFolder
+from chela.training.guard import Guard, NonFinite, check_weights, explain
+from chela.training.interrupt import Interrupt
+from chela.training.journal import Journal, surroundings
+from chela.training.optim import make_optimizer, schedule, set_rate
+from chela.training.progress import Display
+from chela.training.step import clip_gradients, compute_gradients
+from chela.training.stream import Stream, take_share
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended."""
+
+    folder: Path
+    """Where it lives."""
+    status: str
+    """"done", "stopped" (the same command goes on) or "already done"."""
+    step: int
+    """Steps done."""
+    validation: dict[str, float] | None
+    """The best validation, with its step."""
+    test: dict[str, float] | None
+    """The test with the best weights, once done."""
+
+
+def train(run: RunConfig, *, console: Console | None = None) -> Result:
+    """Train a run, or go on with it, and test it once.
+
+    The folder is the state: the same call goes on from the newest checkpoint as if it had never stopped, and returns
+    the recorded result of a finished run. Under torchrun all processes call it alike.
+
+    Args:
+        run: every setting.
+        console: where progress is shown; standard output by default.
+
+    Raises:
+        ValueError: settings that do not fit the task, a folder that is in use or another run's, a damaged checkpoint,
+            missing data. Nothing has been written then.
+        NonFinite: loss or gradients became infinite or NaN; names the layer. The last checkpoint stays.
+    """
+    started = time.monotonic()
+    display, folder = Display(console, run.train.steps), RunFolder(run.folder)
+    try:
+        with distributed.world(run.train.device) as device, deterministic(run.train.deterministic), folder:
+            found = Found.from_json(distributed.on_main(lambda: folder.inspect(run).to_json()))
+            if found.end is not None:
+                display.say(f"{folder.path} is already done: test {metrics.text(found.end['test'])}")
+                return Result(folder.path, "already done", found.end["step"], found.end["best"], found.end["test"])
+            task = distributed.main_first(lambda: load_task(run.data, progress=display.say))
+            check_run(run, task)
+            distributed.on_main(lambda: folder.claim(run, found))
+            limit = seconds(run.train.time_limit)
+            with Trainer(run, task, folder, found, device, display) as trainer:
+                finished = trainer.fit(None if limit is None else started + limit)
+                test = trainer.test() if finished else None
+            status = "done" if finished else "stopped"
+            return Result(folder.path, status, trainer.state.step, trainer.state.best, test)
+    except OSError as error:  # a full disk, a folder that is not ours; checkpoints are whole or absent
+        raise ValueError(f"cannot use {error.filename or folder.path}: {error.strerror or error}") from error
+
+
+class Trainer:
+    """One run under way: model, optimiser, state, and the steps of training in the order they happen."""
+
+    def __init__(
+        self, run: RunConfig, task: Task, folder: RunFolder, found: Found, device: torch.device, display: Display
+    ) -> None:
+        self.run, self.task, self.folder, self.device, self.display = run, task, folder, device, display
+        self.dtype = compute_type(run.train.dtype, device)
+        torch.manual_seed(run.seed)
+        self.model = build(run.model).to(device)
+        self.optimizer = make_optimizer(self.model, run.optim)
+        self.state = found.state
+        if found.checkpoint:
+            restore(folder.checkpoints / found.checkpoint, self.model, self.optimizer)
+        self.sums = torch.tensor(self.state.sums, dtype=torch.float64, device=device)  # loss, hits, gradient norm
+        self.guard = Guard(device)
+        self.journal = Journal(folder.journal if distributed.is_main() else None)
+        self.saved = self.state.step
+        self.began = time.monotonic() - self.state.seconds
+        self._announce()
+
+    def __enter__(self) -> "Trainer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.journal.close()
+
+    def fit(self, deadline: float | None) -> bool:
+        """Take the steps that are left; False if a signal or the deadline stopped it, with a checkpoint saved."""
+        run, state, model = self.run, self.state, distributed.wrap(self.model, self.device)
+        first, busy, tokens = state.step, 0.0, 0
+        with (
+            Interrupt(deadline) as interrupt,
+            Stream(self.task, run, self.device) as stream,
+            self.display.live(state.step),
+        ):
+            while state.step < run.train.steps:
+                step, begun = state.step, time.monotonic()
+                share = stream.take(step)
+                stop = bool(interrupt.reason) and step > first  # each start takes a step at least
+                counts = distributed.sum_over_ranks(torch.tensor([share.targets, share.tokens, stop]))
+                targets, new_tokens, stop = counts.tolist()
+                if stop:
+                    self._stop(interrupt.reason or "another process was stopped")
+                    break
+
+                set_rate(self.optimizer, schedule(run.optim, step, run.train.steps))
+                scores = compute_gradients(model, share.parts, targets, run.seed, step, self.device, self.dtype)
+                loss, hits = distributed.sum_over_ranks(scores)
+                norm = clip_gradients(self.model, run.optim.clip)
+                self.optimizer.found_inf = self.guard.watch(step, loss, norm)  # pyrefly: ignore
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+
+                state.step += 1
+                state.steps, state.targets = state.steps + 1, state.targets + targets
+                self.sums += torch.stack([loss, hits, norm.double()])
+                tokens += new_tokens
+                if logging := self._due(run.train.log_every):
+                    self._stop_if_not_finite()
+                busy += time.monotonic() - begun
+                if logging:
+                    self._log(tokens / busy)
+                    busy, tokens = 0.0, 0
+                if self._due(run.train.eval_every):
+                    self._validate()
+                if self._due(run.train.save_every):
+                    self._save()
+                self.display.step(state.step)
+        return state.step == run.train.steps
+
+    def test(self) -> dict[str, float]:
+        """Evaluate the best weights on the test split, once, and close the journal."""
+        assert self.state.best is not None, "the last step is always validated"
+        _, weights = read_weights(self.folder.weights)
+        self.model.load_state_dict(weights)
+        result = self._evaluate("test")
+        spent = time.monotonic() - self.began
+        self.journal.write("test", step=self.state.best["step"], baselines=self.task.baselines, **result)
+        self.journal.write(
+            "end", status="done", step=self.state.step, best=self.state.best, test=result, seconds=round(spent, 3)
+        )
+        against = "".join(f"; {name} {100 * value:.1f} %" for name, value in self.task.baselines.items())
+        self.display.say(
+            f"done in {spent:,.0f} s: test {metrics.text(result)} with the weights of step "
+            f"{self.state.best['step']:,.0f}{against}; {self.folder.path}"
+        )
+        return result
+
+    def _due(self, every: int) -> bool:
+        return self.state.step % every == 0 or self.state.step == self.run.train.steps
+
+    def _log(self, tokens_per_s: float) -> None:
+        """Write the means since the last line, and say so once if nothing has been learned for long."""
+        state, step = self.state, self.state.step
+        loss, hits, norm = self.sums.tolist()
+        loss, accuracy = loss / max(state.targets, 1), hits / max(state.targets, 1)
+        self.journal.write(
+            "train",
+            step=step,
+            loss=loss,
+            accuracy=accuracy,
+            lr=self.run.optim.lr * schedule(self.run.optim, step - 1, self.run.train.steps),
+            grad_norm=norm / state.steps,
+            tokens_per_s=round(tokens_per_s, 1),
+        )
+        self.display.train(step, loss, accuracy, tokens_per_s)
+        after, chance = self.run.train.chance_after, self.task.chance_loss
+        if step - state.steps < after <= step and loss >= 0.98 * chance:
+            message = (
+                f"after {step:,} steps the training loss {loss:.4f} is still at chance ({chance:.4f}); "
+                "if it stays, try a longer optim.warmup, a lower or higher optim.lr, or another model.pooling"
+            )
+            self.journal.write("warning", step=step, message=message)
+            self.display.say(f"warning: {message}")
+        self.sums.zero_()
+        state.steps = state.targets = 0
+
+    def _validate(self) -> None:
+        """Evaluate on the validation split; keep the weights if they are the best so far."""
+        self._stop_if_not_finite()
+        result = self._evaluate("val")
+        step, spent = self.state.step, time.monotonic() - self.began
+        self.journal.write("val", step=step, seconds=round(spent, 3), **result)
+        best = metrics.better(result, self.state.best, self.task.kind)
+        if best:
+            self.state.best = {"step": step, **result}
+            check_weights(self.model)
+            distributed.on_main(lambda: save_model(self.model, self.folder.weights))
+        self.display.say(f"step {step:,}: validation {metrics.text(result)}{', the best so far' if best else ''}")
+
+    def _save(self) -> None:
+        """Write a checkpoint, never of numbers that are not finite."""
+        self._stop_if_not_finite()
+        check_weights(self.model)
+        state, folder = self.state, self.folder
+        state.sums, state.seconds = self.sums.tolist(), time.monotonic() - self.began
+        self.journal.sync()
+        distributed.on_main(
+            lambda: save_checkpoint(folder.checkpoints, self.run, self.model, self.optimizer, state, folder.weights)
+        )
+        self.saved = state.step
+
+    def _stop(self, reason: str) -> None:
+        """Save before the end."""
+        step = self.state.step
+        if self.saved < step:
+            self._save()
+        self.journal.write("end", status="stopped", step=step, reason=reason, best=self.state.best)
+        self.display.say(
+            f"stopped ({reason}) at step {step:,} of {self.run.train.steps:,}; the same command goes on from there"
+        )
+
+    def _evaluate(self, name: str) -> dict[str, float]:
+        settings = self.run.train
+        distributed.share_buffers(self.model)
+        result = metrics.evaluate(
+            self.model,
+            getattr(self.task, name),
+            batch_size=settings.eval_batch_size or settings.batch_size,
+            device=self.device,
+            dtype=self.dtype,
+            kind=self.task.kind,
+            examples=settings.eval_examples if name == "val" else 0,
+        )
+        if not math.isfinite(result["loss"]):
+            self._fail(f"the {name} loss is not finite at step {self.state.step:,}")
+        return result
+
+    def _stop_if_not_finite(self) -> None:
+        """Explain and end the run if a step since the last look was not finite."""
+        step = self.guard.first()
+        if step is None:
+            return
+        share = take_share(self.task, self.run, step)
+        targets = int(distributed.sum_over_ranks(torch.tensor(share.targets)))
+
+        def backward() -> torch.Tensor:
+            return compute_gradients(self.model, share.parts, targets, self.run.seed, step, self.device, self.dtype)[0]
+
+        finding = explain(self.model, share.parts, backward)
+        self._fail(f"the loss or its gradient became infinite or NaN at step {step + 1:,}, {finding}")
+
+    def _fail(self, what: str) -> NoReturn:
+        kept = f"the checkpoint of step {self.saved:,} stays" if self.saved else "no checkpoint had been saved"
+        message = f"{what}; {kept}"
+        self.journal.write("end", status="failed", step=self.state.step, message=message)
+        raise NonFinite(message)
+
+    def _announce(self) -> None:
+        run, task, step = self.run, self.task, self.state.step
+        parameters = sum(p.numel() for p in self.model.parameters())
+        here = surroundings(self.device)
+        self.journal.write(
+            "start",
+            step=step,
+            preset=run.preset,
+            seed=run.seed,
+            task=task.name,
+            parameters=parameters,
+            dtype=str(self.dtype).removeprefix("torch."),
+            processes=distributed.size(),
+            chance_loss=task.chance_loss,
+            **here,
+        )
+        self.display.say(
+            f"{task.name}: {len(task.train):,} training, {len(task.val):,} validation, {len(task.test):,} test examples"
+            + (f" ({task.note})" if task.note else "")
+        )
+        processes = f", {distributed.size()} processes" if distributed.size() > 1 else ""
+        dtype = str(self.dtype).removeprefix("torch.")
+        self.display.say(f"{parameters:,} parameters on {here['device']}, {dtype}{processes}")
+        if step:
+            self.display.say(f"going on from step {step:,} of {run.train.steps:,}")

@@ -1,0 +1,117 @@
+"""Loss and accuracy, in training and evaluation alike: sums and counts, added up over batches and processes."""
+
+import math
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from chela.data import Batch, Split
+from chela.training import distributed
+
+Kind = Literal["classifier", "two-tower", "causal-lm"]
+IGNORED = -100
+
+
+def forward(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits of a batch: [B, classes], or [B, T, vocab] of a language model."""
+    if batch.second is not None:
+        return model(batch.inputs, batch.second, batch.mask, batch.second_mask)
+    return model(batch.inputs, batch.mask)
+
+
+def score(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the cross-entropy (nats, at least float32) and number of hits over all labels that count."""
+    logits, labels = logits.flatten(0, -2), labels.flatten()
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()
+    loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
+    return loss, (logits.detach().argmax(-1) == labels).sum()
+
+
+def targets(batch: Batch) -> int:
+    """Labels that count: examples, or the tokens a language model predicts."""
+    return int((batch.labels != IGNORED).sum())
+
+
+def check_labels(batch: Batch, classes: int) -> None:
+    """Refuse labels that the model has no output for; `batch` is still on the CPU.
+
+    Raises:
+        ValueError: a label is neither in 0..classes-1 nor "no target".
+    """
+    wrong = batch.labels[(batch.labels != IGNORED) & ((batch.labels < 0) | (batch.labels >= classes))]
+    if wrong.numel():
+        raise ValueError(f"the data have label {int(wrong[0])}, but the model's outputs are 0..{classes - 1}")
+
+
+def evaluate(
+    model: nn.Module,
+    split: Split,
+    *,
+    batch_size: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    kind: Kind = "classifier",
+    examples: int = 0,
+) -> dict[str, float]:
+    """Evaluate a model on a split, in whole batches dealt out to the processes.
+
+    Args:
+        model: the model itself (not wrapped for data parallelism), on `device`; its mode is restored.
+        split: the examples.
+        batch_size: examples a forward pass.
+        device: where to compute.
+        dtype: compute type; bfloat16 runs under autocast.
+        kind: a language model's result has perplexity and, over bytes, bits_per_byte besides.
+        examples: look at this many, evenly spread over the split; 0 takes all.
+
+    Returns:
+        loss (mean, nats), accuracy, count (labels), and for a language model perplexity and bits_per_byte.
+    """
+    chosen = np.arange(len(split))
+    if 0 < examples < len(split):
+        chosen = np.arange(examples) * len(split) // examples
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    count = vocab = 0
+    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        for start in range(distributed.rank() * batch_size, len(chosen), distributed.size() * batch_size):
+            batch = split.batch(chosen[start : start + batch_size])
+            count += targets(batch)
+            here = batch.to(device)
+            logits = forward(model, here)
+            vocab = logits.shape[-1]
+            check_labels(batch, vocab)
+            loss, hits = score(logits, here.labels)
+            sums += torch.stack([loss.double(), hits.double()])
+    model.train(was_training)
+    loss, hits = distributed.sum_over_ranks(sums).tolist()
+    count = int(distributed.sum_over_ranks(torch.tensor([count])))
+    result = {"loss": loss / max(count, 1), "accuracy": hits / max(count, 1), "count": count}
+    if kind == "causal-lm":
+        result["perplexity"] = math.exp(min(result["loss"], 700.0))
+        if vocab == 256:
+            result["bits_per_byte"] = result["loss"] / math.log(2)
+    return result
+
+
+def better(new: dict[str, float], old: dict[str, float] | None, kind: Kind) -> bool:
+    """Whether a validation beats the best so far: a language model by loss, others by accuracy, then loss."""
+    if old is None:
+        return True
+    if kind == "causal-lm":
+        return new["loss"] < old["loss"]
+    return (new["accuracy"], -new["loss"]) > (old["accuracy"], -old["loss"])
+
+
+def text(result: dict[str, float]) -> str:
+    """A result in a few words."""
+    if "bits_per_byte" in result:
+        return f"{result['bits_per_byte']:.4f} bits per byte"
+    if "perplexity" in result:
+        return f"perplexity {result['perplexity']:.2f}"
+    return f"accuracy {100 * result['accuracy']:.2f} %, loss {result['loss']:.4f}"

@@ -1,0 +1,63 @@
+"""One step's gradients: slices of the batch added up, so that any slicing gives the same numbers to rounding."""
+
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from chela.data import Batch
+from chela.training import distributed
+from chela.training.metrics import forward, score
+
+
+def compute_gradients(
+    model: nn.Module,
+    parts: list[Batch],
+    targets: int,
+    seed: int,
+    step: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Leave the gradient of the mean loss over the global batch in the parameters.
+
+    Each part contributes the sum over its labels divided by their number over all parts and processes. DDP averages
+    over processes, hence the factor of the world size.
+
+    Args:
+        model: wrapped by DDP or not.
+        parts: this process's slices, on the CPU.
+        targets: labels that count in the global batch.
+        seed: of the run; with step, rank and part it seeds dropout, so a resumed run needs to know the step alone.
+        step: number of the step.
+        device: where to compute.
+        dtype: compute type; bfloat16 runs under autocast, parameters and loss stay float32.
+
+    Returns:
+        Sum of the loss and number of hits of this process, float64 [2] on `device`.
+    """
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for number, part in enumerate(parts):
+        last = number + 1 == len(parts)
+        torch.manual_seed(dropout_seed(seed, step, distributed.rank(), number))
+        alone = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
+        with alone:
+            batch = part.to(device, non_blocking=True)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loss, hits = score(forward(model, batch), batch.labels)
+            (loss * (distributed.size() / max(targets, 1))).backward()
+        sums += torch.stack([loss.detach().double(), hits.double()])
+    return sums
+
+
+def clip_gradients(model: nn.Module, limit: float) -> Tensor:
+    """Scale gradients to a global norm of at most `limit` (0: leave them); returns the norm before, on the device."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    return torch.nn.utils.clip_grad_norm_(parameters, limit or torch.inf)
+
+
+def dropout_seed(seed: int, step: int, rank: int, part: int) -> int:
+    """A seed for torch's generators, different for each part of each step on each process."""
+    return int(np.random.SeedSequence([seed, step, rank, part]).generate_state(1, np.uint64)[0] >> np.uint64(1))
