@@ -4,11 +4,6 @@ import torch
 from torch import Tensor
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype sums are kept in: float64 for float64, float32 for everything narrower."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def check_alike(data: dict[str, Tensor], parameters: dict[str, Tensor | None]) -> None:
     """Check that tensors can be computed with together.
 

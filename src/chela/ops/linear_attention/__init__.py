@@ -4,9 +4,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from chela.ops.checks import check_alike, check_causal_only, check_documents, check_shape, compute_dtype
+from chela.ops.checks import check_alike, check_causal_only, check_documents, check_shape
 from chela.ops.impl import Impl, resolve
 from chela.ops.linear_attention import reference
+from chela.ops.precision import no_autocast, wide_dtype
 
 
 def linear_attention(
@@ -71,7 +72,8 @@ def linear_attention(
         from chela.ops.linear_attention import fused
 
         return fused.linear_attention(q, k, v, **options)
-    return reference.linear_attention(q, k, v, **options)
+    with no_autocast(q.device):
+        return reference.linear_attention(q, k, v, **options)
 
 
 def linear_attention_step(
@@ -107,7 +109,8 @@ def linear_attention_step(
         from chela.ops.linear_attention import fused
 
         return fused.linear_attention_step(q, k, v, state, scale=scale, decay=decay)
-    return reference.linear_attention_step(q, k, v, state, scale=scale, decay=decay)
+    with no_autocast(q.device):
+        return reference.linear_attention_step(q, k, v, state, scale=scale, decay=decay)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, *, lead: str, legend: str) -> None:
@@ -126,6 +129,6 @@ def _check_state(state: Tensor, rows: int, q: Tensor, v: Tensor, legend: str) ->
     check_shape("state", state, (rows, q.shape[-2], q.shape[-1], v.shape[-1]), legend)
     if state.device != q.device:
         raise ValueError(f"state must be on the device of q, {q.device}; got {state.device}")
-    wanted = compute_dtype(q.dtype)
+    wanted = wide_dtype(q.dtype)
     if state.dtype != wanted:
         raise ValueError(f"state must be {wanted} when q is {q.dtype} (sums are kept there); got {state.dtype}")

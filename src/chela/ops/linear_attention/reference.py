@@ -12,8 +12,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from chela.ops.checks import compute_dtype
 from chela.ops.documents import each_document
+from chela.ops.precision import wide_dtype
 
 CHUNK = 64
 
@@ -31,7 +31,7 @@ def linear_attention(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Run the form with linear cost; arguments as in `chela.ops.linear_attention`, already checked."""
-    dtype, wide = v.dtype, compute_dtype(v.dtype)
+    dtype, wide = v.dtype, wide_dtype(v.dtype)
     q, k, v = q.to(wide) * scale, k.to(wide), v.to(wide)
     if decay is not None:
         decay = decay.to(wide)
@@ -49,7 +49,7 @@ def linear_attention_step(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, *, scale: float, decay: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Take one token; arguments as in `chela.ops.linear_attention_step`, already checked."""
-    dtype, wide = v.dtype, compute_dtype(v.dtype)
+    dtype, wide = v.dtype, wide_dtype(v.dtype)
     out, state = step(q.to(wide) * scale, k.to(wide), v.to(wide), state, None if decay is None else decay.to(wide))
     return out.to(dtype), state
 

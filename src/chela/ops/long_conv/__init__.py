@@ -6,6 +6,7 @@ from torch import Tensor
 from chela.ops.checks import check_alike, check_causal_only, check_documents, check_shape
 from chela.ops.impl import Impl, resolve
 from chela.ops.long_conv import reference
+from chela.ops.precision import no_autocast
 
 
 def long_conv(
@@ -63,9 +64,10 @@ def long_conv(
         _check_state(state, rows, x, kernel, "[B, S, D]" if cu_seqlens is None else "[N, S, D]")
     check_alike({"x": x}, {"kernel": kernel, "reverse_kernel": reverse_kernel})
     resolve(impl, x.device, "long_conv")
-    return reference.long_conv(
-        x, kernel, reverse_kernel=reverse_kernel, state=state, return_state=return_state, cu_seqlens=cu_seqlens
-    )
+    with no_autocast(x.device):
+        return reference.long_conv(
+            x, kernel, reverse_kernel=reverse_kernel, state=state, return_state=return_state, cu_seqlens=cu_seqlens
+        )
 
 
 def long_conv_step(
@@ -91,7 +93,8 @@ def long_conv_step(
     _check_state(state, x.shape[0], x, kernel, "[B, S, D]")
     check_alike({"x": x}, {"kernel": kernel})
     resolve(impl, x.device, "long_conv")
-    return reference.long_conv_step(x, kernel, state=state)
+    with no_autocast(x.device):
+        return reference.long_conv_step(x, kernel, state=state)
 
 
 def _check_kernel(name: str, kernel: Tensor, x: Tensor, least: int) -> None:

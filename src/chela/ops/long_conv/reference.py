@@ -11,11 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from chela.ops.checks import compute_dtype
 from chela.ops.documents import each_document
+from chela.ops.long_conv.fourier import fft_conv
+from chela.ops.precision import wide_dtype
+from chela.ops.short_conv import reference as short_conv
 
-FEW_LAGS = 32
-"""Up to so many lags the sum over lags is cheaper than Fourier transforms."""
+FEW_LAGS = 16
+"""Up to so many lags the sum over lags is cheaper than Fourier transforms (forward and backward, on a CPU)."""
 
 
 def long_conv(
@@ -48,7 +50,7 @@ def long_conv(
 
 def long_conv_step(x: Tensor, kernel: Tensor, *, state: Tensor) -> tuple[Tensor, Tensor]:
     """Take one token; arguments as in `chela.ops.long_conv_step`, already checked."""
-    wide = compute_dtype(x.dtype)
+    wide = wide_dtype(x.dtype)
     history = torch.cat([state, x.unsqueeze(1)], dim=1)  # [B, S+1, D]
     lags = history.shape[1]
     out = torch.einsum("bsd,ds->bd", history.to(wide), kernel[:, :lags].flip(1).to(wide))
@@ -68,51 +70,23 @@ def direct(
     return functools.reduce(torch.add, (tap * padded[:, first - lag : first - lag + length] for lag, tap in taps))
 
 
-def conv1d(
+def grouped(
     history: Float[Tensor, "b s_plus_t d"], kernel: Float[Tensor, "d l"], reverse: Float[Tensor, "d l2"], length: int
 ) -> Float[Tensor, "b t d"]:
     """The same sum through torch's grouped convolution, for few lags."""
     ahead, behind = reverse.shape[1], kernel.shape[1] - 1
     start = history.shape[1] - length
-    padded = F.pad(history, (0, 0, behind - start, ahead))  # cuts inputs out of reach where start > behind
-    weight = torch.cat([kernel.flip(1), reverse], dim=1)
-    return F.conv1d(padded.mT, weight.unsqueeze(1), groups=weight.shape[0]).mT
-
-
-def fft(
-    history: Float[Tensor, "b s_plus_t d"], kernel: Float[Tensor, "d l"], reverse: Float[Tensor, "d l2"], length: int
-) -> Float[Tensor, "b t d"]:
-    """The same by the convolution theorem: O((T + L) log(T + L)).
-
-    A circular convolution of n points equals the linear one at the T wanted positions when n >= T + L - 1 (what
-    wraps around from the end falls on positions of the state) and n >= T + L2 (what wraps from the front falls
-    behind the end). Both directions are one kernel on the circle: lag -l is lag n - l.
-    """
-    ahead, behind = reverse.shape[1], kernel.shape[1] - 1
-    n = good_size(max(length + behind, length + ahead, history.shape[1]))
-    circle = torch.cat([F.pad(kernel, (0, n - behind - 1 - ahead)), reverse.flip(1)], dim=1)  # [D, n]
-    spectrum = torch.fft.rfft(history, n, dim=1) * torch.fft.rfft(circle, n, dim=1).T
-    return torch.fft.irfft(spectrum, n, dim=1)[:, history.shape[1] - length : history.shape[1]]
-
-
-def good_size(n: int) -> int:
-    """The smallest length of at least n whose only prime factors are 2, 3 and 5: Fourier transforms like them."""
-    while True:
-        rest = n
-        for prime in (2, 3, 5):
-            while rest % prime == 0:
-                rest //= prime
-        if rest == 1:
-            return n
-        n += 1
+    padded = F.pad(history, (0, 0, behind - start, ahead))  # cuts off what is out of reach where start > behind
+    return short_conv.grouped(padded, torch.cat([kernel.flip(1), reverse], dim=1), None)
 
 
 def _convolve(history: Tensor, kernel: Tensor, reverse: Tensor | None, length: int) -> Tensor:
     """Cut the kernels to the lags that reach an input, and take the cheaper form."""
     if length == 0:
         return history[:, :0]
-    wide = compute_dtype(history.dtype)
-    kernel = kernel[:, : history.shape[1]].to(wide)
-    reverse = kernel[:, :0] if reverse is None else reverse[:, : length - 1].to(wide)
-    form = conv1d if kernel.shape[1] + reverse.shape[1] <= FEW_LAGS else fft
-    return form(history.to(wide), kernel, reverse, length).to(history.dtype)
+    kernel = kernel[:, : history.shape[1]]
+    reverse = kernel[:, :0] if reverse is None else reverse[:, : length - 1]
+    if kernel.shape[1] + reverse.shape[1] > FEW_LAGS:
+        return fft_conv(history, kernel, reverse, length)
+    wide = wide_dtype(history.dtype)
+    return grouped(history.to(wide), kernel.to(wide), reverse.to(wide), length).to(history.dtype)

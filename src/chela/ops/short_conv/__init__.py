@@ -7,6 +7,7 @@ from torch import Tensor
 
 from chela.ops.checks import check_alike, check_causal_only, check_documents, check_shape
 from chela.ops.impl import Impl, resolve
+from chela.ops.precision import no_autocast
 from chela.ops.short_conv import reference
 
 Activation = Literal["silu"]
@@ -59,16 +60,17 @@ def short_conv(
         rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         _check_state(state, rows, x, weight, "[B, W-1, D]" if cu_seqlens is None else "[N, W-1, D]")
     resolve(impl, x.device, "short_conv")
-    return reference.short_conv(
-        x,
-        weight,
-        bias,
-        causal=causal,
-        activation=activation,
-        state=state,
-        return_state=return_state,
-        cu_seqlens=cu_seqlens,
-    )
+    with no_autocast(x.device):
+        return reference.short_conv(
+            x,
+            weight,
+            bias,
+            causal=causal,
+            activation=activation,
+            state=state,
+            return_state=return_state,
+            cu_seqlens=cu_seqlens,
+        )
 
 
 def short_conv_step(
@@ -101,7 +103,8 @@ def short_conv_step(
     _check(x, weight, bias, activation)
     _check_state(state, x.shape[0], x, weight, "[B, W-1, D]")
     resolve(impl, x.device, "short_conv")
-    return reference.short_conv_step(x, weight, bias, state=state, activation=activation)
+    with no_autocast(x.device):
+        return reference.short_conv_step(x, weight, bias, state=state, activation=activation)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:

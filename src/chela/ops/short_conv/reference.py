@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from chela.ops.checks import compute_dtype
 from chela.ops.documents import each_document
+from chela.ops.precision import wide_dtype
 
 
 def short_conv(
@@ -48,7 +48,7 @@ def short_conv_step(
 ) -> tuple[Tensor, Tensor]:
     """Take one token; arguments as in `chela.ops.short_conv_step`, already checked."""
     window = torch.cat([state, x.unsqueeze(1)], dim=1)  # [B, W, D]
-    return _run(window, weight, bias, activation, form=taps).squeeze(1), window[:, 1:].clone()
+    return _run(window, weight, bias, activation).squeeze(1), window[:, 1:].clone()
 
 
 def taps(
@@ -62,14 +62,20 @@ def taps(
     return out if bias is None else out + bias
 
 
-def conv1d(
+def grouped(
     padded: Float[Tensor, "b t_plus_w_minus_1 d"], weight: Float[Tensor, "d w"], bias: Float[Tensor, " d"] | None
 ) -> Float[Tensor, "b t d"]:
-    """The same through torch's grouped convolution, one group a channel."""
-    return F.conv1d(padded.mT, weight.unsqueeze(1), bias, groups=weight.shape[0]).mT
+    """The same through torch's grouped convolution, one group a channel.
+
+    The input is shown as an image of height 1, whose layout [B, T, D] torch knows as `channels_last`: nothing is
+    transposed in memory, which `conv1d` would do.
+    """
+    image = padded.mT.unsqueeze(2)  # [B, D, 1, T+W-1]
+    return F.conv2d(image, weight[:, None, None], bias, groups=weight.shape[0]).squeeze(2).mT
 
 
-def _run(padded: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, form=conv1d) -> Tensor:
-    wide = compute_dtype(padded.dtype)
+def _run(padded: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    wide = wide_dtype(padded.dtype)
+    form = grouped if padded.shape[1] >= weight.shape[1] else taps  # torch's convolution refuses to return no rows
     out = form(padded.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
     return (F.silu(out) if activation == "silu" else out).to(padded.dtype)

@@ -1,0 +1,115 @@
+"""The long convolution by the convolution theorem, O((T + L) log(T + L)), forward and backward.
+
+    Y = H K,    dH = G conj(K),    dK = sum over the batch of G conj(H)        (spectra of n points)
+
+A circular convolution of n points equals the linear one on the T wanted positions when n >= T + L - 1 (what wraps
+from the end lands on the state's positions) and n >= T + L2 (what wraps from the front lands behind the end). Both
+directions are one kernel on the circle, lag -l being lag n - l, so they cost no more than one.
+
+It is a registered op: complex numbers stay inside, where a compiler does not meet them, and its backward pass takes
+real transforms where autograd through `torch.fft.rfft` takes complex ones of twice the work. Spectra are not kept for
+the backward pass but taken anew: two more transforms, a third of the memory.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from chela.ops.precision import wide_dtype
+
+
+def good_size(n: int) -> int:
+    """The smallest even length of at least n whose only prime factors are 2, 3 and 5, which transform fast."""
+    n += n % 2
+    while True:
+        rest = n
+        for prime in (2, 3, 5):
+            while rest % prime == 0:
+                rest //= prime
+        if rest == 1:
+            return n
+        n += 2
+
+
+def _points(history: Tensor, kernel: Tensor, reverse: Tensor, length: int) -> int:
+    return good_size(max(history.shape[1], length + kernel.shape[1] - 1, length + reverse.shape[1]))
+
+
+def _spectrum(x: Tensor, front: int, n: int) -> Tensor:
+    """[B, T, D] with `front` zeros before it -> [B, D, n/2+1]; along contiguous time, as FFT libraries prefer."""
+    return torch.fft.rfft(F.pad(x.to(wide_dtype(x.dtype)).mT, (front, n - front - x.shape[1])))
+
+
+def _kernel_spectrum(kernel: Tensor, reverse: Tensor, n: int, wide: torch.dtype) -> Tensor:
+    """[D, L], [D, L2] -> [D, n/2+1]."""
+    gap = n - kernel.shape[1] - reverse.shape[1]
+    return torch.fft.rfft(torch.cat([F.pad(kernel.to(wide), (0, gap)), reverse.to(wide).flip(1)], dim=1))
+
+
+@torch.library.custom_op("chela::fft_conv", mutates_args=())
+def fft_conv(history: Tensor, kernel: Tensor, reverse: Tensor, length: int) -> Tensor:
+    """Convolve `history` [B, S+T, D] with `kernel` [D, L] and `reverse` [D, L2].
+
+    Args:
+        history: the state followed by the input, any floating dtype.
+        kernel: taps over lags 0.. into the past, L at most S+T.
+        reverse: taps over lags 1.. into the future, L2 at most T-1.
+        length: T >= 1.
+
+    Returns:
+        The last T outputs [B, T, D], in the dtype of history.
+    """
+    n, end = _points(history, kernel, reverse, length), history.shape[1]
+    spectrum = _spectrum(history, 0, n)
+    spectrum *= _kernel_spectrum(kernel, reverse, n, wide_dtype(history.dtype))
+    out = history.new_empty(history.shape[0], length, history.shape[2])
+    return out.copy_(torch.fft.irfft(spectrum, n)[..., end - length : end].mT)
+
+
+@torch.library.custom_op("chela::fft_conv_backward", mutates_args=())
+def fft_conv_backward(
+    grad: Tensor, history: Tensor, kernel: Tensor, reverse: Tensor, length: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `fft_conv` for history, kernel and reverse, given that of its output [B, T, D]."""
+    n, end = _points(history, kernel, reverse, length), history.shape[1]
+    lags, ahead = kernel.shape[1], reverse.shape[1]
+    g = _spectrum(grad, end - length, n)
+    h = _spectrum(history, 0, n).conj_physical_()
+    on_circle = torch.fft.irfft(h.mul_(g).sum(0), n)  # [D, n]
+    g *= _kernel_spectrum(kernel, reverse, n, wide_dtype(history.dtype)).conj()
+    d_history = torch.empty_like(history, memory_format=torch.contiguous_format)
+    d_history.copy_(torch.fft.irfft(g, n)[..., :end].mT)
+    d_kernel = on_circle[:, :lags].to(kernel.dtype, copy=True, memory_format=torch.contiguous_format)
+    return d_history, d_kernel, on_circle[:, n - ahead :].flip(1).to(reverse.dtype)
+
+
+@fft_conv.register_fake
+def _(history: Tensor, kernel: Tensor, reverse: Tensor, length: int) -> Tensor:
+    return history.new_empty(history.shape[0], length, history.shape[2])
+
+
+@fft_conv_backward.register_fake
+def _(grad: Tensor, history: Tensor, kernel: Tensor, reverse: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    return history.new_empty(history.shape), kernel.new_empty(kernel.shape), reverse.new_empty(reverse.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
+    *tensors, ctx.length = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    return *fft_conv_backward(grad, *ctx.saved_tensors, ctx.length), None
+
+
+def _backward_twice(ctx: Any, u: Tensor, w: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+    """The convolution is linear in the input and in the kernels, so its gradients are again made of itself."""
+    grad, history, kernel, reverse = ctx.saved_tensors
+    d_grad = fft_conv(u, kernel, reverse, ctx.length) + fft_conv(history, w, w2, ctx.length)
+    return d_grad, *fft_conv_backward(grad, u, w, w2, ctx.length), None
+
+
+fft_conv.register_autograd(_backward, setup_context=_save)
+fft_conv_backward.register_autograd(_backward_twice, setup_context=_save)
