@@ -1,0 +1,34 @@
+"""The order of training examples: a pure function of (seed, step), so that resuming needs one integer."""
+
+from functools import lru_cache
+
+import numpy as np
+
+
+def indices_at(n: int, batch_size: int, step: int, seed: int) -> np.ndarray:
+    """Indices of the global batch of a step.
+
+    The stream of examples is one seeded permutation of 0..n-1 an epoch, one behind the other; step s takes the
+    places s * batch_size to (s + 1) * batch_size - 1, across the end of an epoch where they fall so.
+
+    Args:
+        n: number of training examples.
+        batch_size: examples a step.
+        step: number of the step, from 0.
+        seed: seed of the run.
+
+    Returns:
+        int64 [batch_size].
+    """
+    places = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = places // n
+    out = np.empty(batch_size, dtype=np.int64)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        out[here] = _permutation(n, seed, int(epoch))[places[here] % n]
+    return out
+
+
+@lru_cache(maxsize=4)
+def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(n)
