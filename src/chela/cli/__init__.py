@@ -1,0 +1,67 @@
+"""The command line: finds the command, and turns what goes wrong into one line and an exit code.
+
+Exit codes: 0 done (also a training that was stopped and saved), 2 the user's mistake, 1 ours, 130 interrupted.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+import chela
+from chela.cli.commands import COMMANDS, presets_help, resolve
+from chela.cli.parse import call
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code; `words` default to the process's own."""
+    words = sys.argv[1:] if words is None else list(words)
+    try:
+        code = _run(words)
+        sys.stdout.flush()
+        return code
+    except ValueError as error:
+        print(f"chela: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("chela: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+
+
+def overview() -> str:
+    """What `chela --help` prints: a line for each command, from its docstring."""
+    lines = [f"  {name:<9} {_summary(command)}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: chela COMMAND ...",
+            "",
+            (chela.__doc__ or "").splitlines()[0],
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`chela COMMAND --help` explains one; `chela train --help` lists the presets; `chela --version`.",
+        ]
+    )
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if words[0] == "--version":
+        print(f"chela {chela.__version__}")
+        return 0
+    if words in (["train", "-h"], ["train", "--help"]):
+        print(presets_help())
+        return 0
+    call(*resolve(words))
+    return 0
+
+
+def _summary(command: object) -> str:
+    return (command.__doc__ or "").splitlines()[0]

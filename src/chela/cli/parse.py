@@ -1,0 +1,94 @@
+"""From words to the arguments of a command: tyro parses, this file turns its boxes into one line."""
+
+import contextlib
+import inspect
+import io
+import re
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import tyro
+
+from chela.record import nearest
+
+
+def call(command: Callable[..., Any], words: Sequence[str], prog: str) -> Any:
+    """Call `command` with the arguments that `words` spell.
+
+    Raises:
+        ValueError: an unknown option (names the nearest), or a value that is missing or does not fit.
+        SystemExit: help was asked for and printed.
+    """
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            arguments, unknown = tyro.cli(_binder(command), args=list(words), prog=prog, return_unknown_args=True)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ValueError(_message(box.getvalue())) from None
+    if unknown:
+        raise ValueError(_explain(unknown[0], list(words), command, prog))
+    return command(*arguments.args, **arguments.kwargs)
+
+
+def options(command: Callable[..., Any]) -> dict[str, Any]:
+    """Every option of a command with its type; nested settings as `--part.name`."""
+    return dict(_leaves(command, "--"))
+
+
+def _binder(command: Callable[..., Any]) -> Callable[..., inspect.BoundArguments]:
+    """Stand in for `command` and return its arguments: the command itself must not run inside the parser."""
+    signature = inspect.signature(command)
+
+    def bind(*args: Any, **kwargs: Any) -> inspect.BoundArguments:
+        return signature.bind(*args, **kwargs)
+
+    bind.__signature__ = signature  # pyrefly: ignore
+    bind.__annotations__ = typing.get_type_hints(command, include_extras=True)
+    bind.__doc__ = command.__doc__
+    return bind
+
+
+def _leaves(owner: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    hints = typing.get_type_hints(owner, include_extras=True)
+    names = [f.name for f in fields(owner)] if is_dataclass(owner) else list(inspect.signature(owner).parameters)
+    for name in names:
+        hint = hints[name]
+        if is_dataclass(hint):
+            yield from _leaves(hint, f"{prefix}{name}.")
+        elif tyro.conf.Positional not in getattr(hint, "__metadata__", ()):
+            yield f"{prefix}{name}".replace("_", "-"), hint
+
+
+def _explain(word: str, words: list[str], command: Callable[..., Any], prog: str) -> str:
+    known = options(command)
+    position = words.index(word) if word in words else 0
+    before = words[position - 1].replace("_", "-") if position else ""
+    if known.get(before) is bool:
+        part, _, name = before[2:].rpartition(".")
+        return f"{before} takes no value: write {before} or --{part + '.' if part else ''}no-{name}"
+    if not word.startswith("-"):
+        return f"unexpected argument {word!r}: `{prog} --help` shows what it takes"
+    name = word.split("=")[0]
+    return f"unknown option {name}{nearest(name, [*known, '--help'])}: `{prog} --help` lists them"
+
+
+def _message(box: str) -> str:
+    """The message inside a box of tyro's, without frame, title and pointers to the help."""
+    lines = []
+    for raw in box.splitlines():
+        line = raw.strip("│| ")
+        if set(line) <= set("─-") and lines:
+            break
+        if not raw.startswith(("╭", "+", "╰")):
+            lines.append(line)
+    text = " ".join(lines)
+    text = re.sub(r"^Error parsing (?!-)\S+: ", "", text)
+    text = re.sub(
+        r"^Error parsing (--\S+): invalid literal for int\(\) .*: (.*)$", r"\1 wants a whole number: \2", text
+    )
+    text = re.sub(r"^Missing from (.+?): (-?\S+) .*$", r"\2 is missing: `\1 --help` explains it", text)
+    return re.sub(r"^Error parsing (--\S+): could not convert string to float: ", r"\1 wants a number: ", text)

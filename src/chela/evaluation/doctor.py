@@ -1,0 +1,82 @@
+"""`chela doctor`: what chela finds on this machine and what it would do with it."""
+
+import importlib.metadata
+import platform
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import chela
+from chela.evaluation.datasets import inventory
+from chela.ops.impl import WITH_TRITON, resolve
+
+OPS = ("linear_attention", "short_conv", "long_conv")
+OPTIONAL = {
+    "matplotlib": "curves in reports: install chela[plot]",
+    "pyarrow": "data sets in Parquet files: install chela[data]",
+    "tensorboard": "TensorBoard logs: install chela[track]",
+}
+
+
+def diagnose(root: Path) -> list[tuple[str, str, str]]:
+    """Findings as rows (part, name, text), on versions, devices, implementations, optional packages and data."""
+    rows = [
+        ("versions", "chela", chela.__version__),
+        ("versions", "python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"),
+        ("versions", "torch", torch.__version__),
+        ("versions", "triton", version("triton") or "not installed: the kernels for GPUs need it"),
+        ("devices", "cpu", f"{torch.get_num_threads()} threads"),
+        *_gpus(),
+    ]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows += [("implementations", op, _choice(op, device)) for op in OPS]
+    rows += [("optional packages", name, version(name) or f"not installed ({use})") for name, use in OPTIONAL.items()]
+    return rows + [("data", name, text) for name, text in inventory(root)]
+
+
+def show(root: Path) -> None:
+    """Print the findings as a table."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    part = ""
+    for group, name, text in diagnose(root):
+        if part and group != part:
+            table.add_section()
+        table.add_row(Text(group if group != part else "", style="bold"), Text(name), Text(text))
+        part = group
+    Console().print(table)
+
+
+def version(package: str) -> str:
+    """Version of an installed package, or an empty string."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _gpus() -> list[tuple[str, str, str]]:
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        why = (
+            f"torch is built for CUDA {built} but sees no GPU" if built else "this build of torch is for the CPU alone"
+        )
+        return [("devices", "gpu", f"none: {why}")]
+    rows = []
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        text = f"{facts.name}, compute capability {facts.major}.{facts.minor}, {facts.total_memory / 2**30:.0f} GiB"
+        rows.append(("devices", f"cuda:{index}", text))
+    return rows
+
+
+def _choice(op: str, device: torch.device) -> str:
+    try:
+        chosen = resolve("auto", device, op)
+    except ValueError as error:
+        return f"cannot run: {error}"
+    if op not in WITH_TRITON:
+        return f"{chosen} (it has no Triton kernels)"
+    return f"{chosen} (on {'a GPU' if device.type == 'cuda' else 'a CPU'})"

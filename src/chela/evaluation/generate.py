@@ -1,0 +1,173 @@
+"""Text from a language model: prefill on the prompts, then one token at a time on an explicit state."""
+
+import codecs
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from chela.evaluation.runs import load_run, place
+from chela.models import CausalLM
+
+
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw a token a row.
+
+    Args:
+        logits: float [B, vocab].
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: draw among the k likeliest tokens; 0 among all.
+        top_p: draw among the fewest likeliest tokens that hold this share of the probability.
+        generator: source of randomness on the device of `logits`.
+
+    Returns:
+        int64 [B].
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    values, order = (logits.float() / temperature).sort(descending=True, stable=True)  # [B, vocab]
+    if top_k:
+        values[:, top_k:] = -torch.inf
+    probabilities = values.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities  # share of the likelier ones: the first token always stays
+    probabilities = probabilities.masked_fill(before >= top_p, 0)
+    return order.gather(1, probabilities.multinomial(1, generator=generator)).squeeze(1)
+
+
+def generate(
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[Tensor]:
+    """Continue several prompts at once, of any lengths; yield the next token of each, int64 [B] on the CPU.
+
+    Args:
+        model: in evaluation mode.
+        prompts: token ids; shorter ones are padded on the left, which does not change their continuation.
+        max_new_tokens: tokens a prompt.
+        temperature: as `sample`.
+        top_k: as `sample`.
+        top_p: as `sample`.
+        seed: the same seed, prompts, model and machine give the same tokens.
+
+    Raises:
+        ValueError: no prompt or an empty one, a token id out of range, an option out of range.
+    """
+    _check(prompts, model.config.vocab, max_new_tokens, temperature, top_k, top_p)
+    return _stream(model, prompts, max_new_tokens, temperature, top_k, top_p, seed)
+
+
+def _check(
+    prompts: Sequence[Sequence[int]], vocab: int, max_new_tokens: int, temperature: float, top_k: int, top_p: float
+) -> None:
+    if not prompts or not all(prompts):
+        raise ValueError("a prompt needs at least one token: give --prompt some text")
+    for token in {token for prompt in prompts for token in prompt}:
+        if not 0 <= token < vocab:
+            raise ValueError(f"token id {token} is outside the model's vocabulary 0..{vocab - 1}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max-new-tokens must be at least 1, got {max_new_tokens}")
+    if temperature < 0:
+        raise ValueError(f"temperature must not be negative (0 takes the likeliest token), got {temperature}")
+    if top_k < 0:
+        raise ValueError(f"top-k must not be negative (0 draws among all tokens), got {top_k}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top-p must lie in (0, 1], got {top_p}")
+
+
+@torch.inference_mode()
+def _stream(
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+) -> Iterator[Tensor]:
+    device = next(model.parameters()).device
+    length = max(map(len, prompts))
+    tokens = torch.tensor([[0] * (length - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[False] * (length - len(p)) + [True] * len(p) for p in prompts], device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    logits, state = model.prefill(tokens, None if bool(mask.all()) else mask)
+    logits = logits[:, -1]
+    for count in range(max_new_tokens):
+        token = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        yield token.cpu()
+        if count + 1 < max_new_tokens:
+            logits, state = model.step(token, state)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What `generate_run` wrote."""
+
+    text: str
+    """The continuation, without the prompt."""
+    tokens: int
+    """New tokens."""
+    seconds: float
+    """Time from the prompt to the last token."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens a second, prefill included."""
+        return self.tokens / self.seconds
+
+
+def generate_run(
+    folder: Path,
+    prompt: str,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    write: Callable[[str], None] = lambda text: None,
+) -> Generated:
+    """Continue a prompt with the language model of a run; `write` gets the text piece by piece as it comes.
+
+    Raises:
+        ValueError: the folder is no run of a language model, or an option is out of range.
+    """
+    run, model = load_run(folder, place(device))
+    if not isinstance(model, CausalLM):
+        raise ValueError(f"{folder} holds a {run.model.kind}, not a language model: nothing to generate")
+    model.merge()
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    started, pieces, tokens = time.perf_counter(), [], 0
+    stream = generate(
+        model,
+        [list(prompt.encode())],
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+    for token in stream:
+        tokens += 1
+        pieces.append(decoder.decode(bytes(token.tolist())))
+        write(pieces[-1])
+    pieces.append(decoder.decode(b"", final=True))
+    write(pieces[-1])
+    return Generated("".join(pieces), tokens, time.perf_counter() - started)

@@ -1,0 +1,175 @@
+"""Named starting points: functions that return a `RunConfig`, most derived from another by `replace`.
+
+Each is an ordinary value: `chela.record.differences(listops(), text())` says in what two of them differ. Widths,
+depths and rates marked "after MEGA" come from Table 8 of Ma et al. 2023 (z = d_key, v = d_value); pre-norm is kept
+throughout, because six post-norm layers with this gate were seen to collapse on ListOps.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from chela.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from chela.record import nearest
+
+
+def digits() -> RunConfig:
+    """Real handwritten digits read pixel by pixel: about two minutes on a CPU."""
+    return RunConfig(
+        preset="digits",
+        model=ModelConfig(
+            inputs="real", layers=3, d_model=64, d_ff=128, d_key=32, d_value=128, kernel_length=64, dropout=0.1
+        ),
+        data=DataConfig(task="digits"),
+        optim=OptimConfig(lr=3e-3, weight_decay=0.02, warmup=100),
+        train=TrainConfig(steps=1000, batch_size=32, eval_every=100, save_every=100, chance_after=300),
+    )
+
+
+def listops() -> RunConfig:
+    """LRA ListOps, trees of 500 to 2000 symbols, generated on the spot (one GPU, untuned start).
+
+    Settings of an early probe that passed the root-operator baseline: pre-norm, pooling from the first position.
+    """
+    return RunConfig(
+        preset="listops",
+        model=ModelConfig(vocab=16, d_model=128, layers=6, pooling="first", kernel_length=2048, dropout=0.1),
+        data=DataConfig(task="listops"),
+        optim=OptimConfig(lr=3e-3, warmup=2000),
+        train=TrainConfig(
+            steps=30_000, batch_size=64, eval_every=1000, save_every=1000, log_every=50, chance_after=3000
+        ),
+    )
+
+
+def listops_tiny() -> RunConfig:
+    """ListOps with trees of 16 to 128 symbols: minutes on a CPU, the same code paths as `listops`."""
+    start = listops()
+    return replace(
+        start,
+        preset="listops-tiny",
+        model=replace(start.model, layers=3, d_model=64, d_ff=128, d_key=32, d_value=128, kernel_length=128),
+        data=replace(start.data, min_length=16, max_length=128, examples=50_000),
+        optim=replace(start.optim, warmup=200),
+        train=replace(
+            start.train, steps=2000, batch_size=32, eval_every=200, save_every=200, log_every=10, chance_after=1000
+        ),
+    )
+
+
+def text() -> RunConfig:
+    """LRA Text, film reviews as up to 4,000 bytes (one GPU, untuned start).
+
+    After MEGA but for pre-norm.
+    """
+    start = listops()
+    return replace(
+        start,
+        preset="text",
+        model=replace(start.model, vocab=257, classes=2, layers=4, norm="scale", pooling="mean", kernel_length=4096),
+        data=DataConfig(task="text"),
+        optim=replace(start.optim, lr=4e-3, warmup=10_000),
+        train=replace(start.train, steps=25_000, batch_size=50, eval_every=500, save_every=500),
+    )
+
+
+def retrieval() -> RunConfig:
+    """LRA Retrieval, do two papers cite each other, twice 4,000 bytes (untuned start; no data reader yet).
+
+    After MEGA but for pre-norm and the head on `[a, b, a - b, a * b]`; steps cut to fit half an hour.
+    """
+    start = text()
+    return replace(
+        start,
+        preset="retrieval",
+        model=replace(start.model, kind="two-tower", layers=6),
+        data=DataConfig(task="retrieval"),
+        optim=replace(start.optim, lr=3e-3, weight_decay=0.04, warmup=2000),
+        train=replace(start.train, steps=15_000, batch_size=64),
+    )
+
+
+def image() -> RunConfig:
+    """LRA Image, gray CIFAR-10 read pixel by pixel, 1,024 steps (one GPU, untuned start).
+
+    After MEGA; steps and warm-up cut to a third to fit half an hour.
+    """
+    return RunConfig(
+        preset="image",
+        model=ModelConfig(
+            inputs="real", layers=8, d_model=160, d_ff=320, d_key=96, d_value=320, kernel_length=1024, norm="batch"
+        ),
+        data=DataConfig(task="image"),
+        optim=OptimConfig(lr=1e-2, weight_decay=0.02, warmup=3000),
+        train=TrainConfig(
+            steps=60_000, batch_size=50, eval_every=1000, save_every=1000, log_every=50, chance_after=3000
+        ),
+    )
+
+
+def pathfinder() -> RunConfig:
+    """LRA Pathfinder, are two dots joined by a path, 32 x 32 pixels (untuned start; no data reader yet).
+
+    After MEGA; steps and warm-up cut to a quarter to fit half an hour. A long stay at chance before learning is usual.
+    """
+    start = image()
+    return replace(
+        start,
+        preset="pathfinder",
+        model=replace(start.model, classes=2, layers=6, d_model=128, d_ff=256, d_key=64, d_value=256),
+        data=DataConfig(task="pathfinder"),
+        optim=replace(start.optim, weight_decay=0.01, warmup=12_500),
+        train=replace(start.train, steps=62_500, batch_size=128, chance_after=20_000),
+    )
+
+
+def path_x() -> RunConfig:
+    """LRA Path-X, the same question on 128 x 128 pixels, 16,384 steps (untuned start; no data reader yet).
+
+    After MEGA; batch halved, steps and warm-up cut to a tenth to fit half an hour.
+    """
+    start = pathfinder()
+    return replace(
+        start,
+        preset="path-x",
+        model=replace(start.model, layers=4, d_model=64, d_ff=128, d_key=32, d_value=128, kernel_length=16_384),
+        data=DataConfig(task="path-x"),
+        optim=replace(start.optim, warmup=2500),
+        train=replace(start.train, steps=12_500, batch_size=64, chance_after=6000),
+    )
+
+
+def lm_tiny() -> RunConfig:
+    """A language model on the bytes of any text: minutes on a CPU, then `chela generate`."""
+    return RunConfig(
+        preset="lm-tiny",
+        model=ModelConfig(
+            kind="causal-lm", vocab=256, causal=True, layers=4, d_model=128, d_ff=256, d_key=64, kernel_length=256
+        ),
+        data=DataConfig(task="bytes", max_length=512),
+        optim=OptimConfig(lr=3e-3, warmup=100),
+        train=TrainConfig(steps=600, batch_size=16, eval_every=100, eval_examples=128, save_every=100),
+    )
+
+
+PRESETS: dict[str, Callable[[], RunConfig]] = {
+    "digits": digits,
+    "listops-tiny": listops_tiny,
+    "lm-tiny": lm_tiny,
+    "listops": listops,
+    "text": text,
+    "retrieval": retrieval,
+    "image": image,
+    "pathfinder": pathfinder,
+    "path-x": path_x,
+}
+
+
+def preset(name: str) -> RunConfig:
+    """The settings of a named preset.
+
+    Raises:
+        ValueError: no preset has this name; the message has the nearest one and all of them.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}{nearest(name, PRESETS)}; presets: {', '.join(PRESETS)}")
+    return PRESETS[name]()
