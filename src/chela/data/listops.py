@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +94,7 @@ def _generated(config: DataConfig, progress: Callable[[str], None] | None) -> li
     key = {"rules": 1, "seed": config.seed, "shorter": shorter, "longer": longer, "count": count}
     arrays = prepared(config.root, "listops", key, make)
     cuts = [0, round(0.96 * count), round(0.98 * count), count]
-    return [_rows(arrays, start, stop) for start, stop in zip(cuts[:-1], cuts[1:], strict=True)]
+    return [_rows(arrays, start, stop) for start, stop in pairwise(cuts)]
 
 
 def _pack(trees: list[bytes], labels: list[int]) -> Arrays:

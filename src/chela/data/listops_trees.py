@@ -139,7 +139,7 @@ def generate(
     share = -(-count // BLOCKS)
     jobs = [(seed, block, shorter, longer, share) for block in range(BLOCKS)]
     seen: dict[bytes, int] = {}
-    if processes > 1 and count >= 1000:
+    if processes > 1 and count * longer >= 1_000_000:  # below, starting processes takes longer than the work
         with multiprocessing.get_context("spawn").Pool(processes) as pool:
             _collect(pool.imap(_block, jobs), seen, count, progress)
     else:
