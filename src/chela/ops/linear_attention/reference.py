@@ -116,7 +116,7 @@ def chunked(
 ) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "b h k v"]]:
     """Pairs inside a chunk, a running state between chunks: O(T), in matrix products.
 
-    Without decay the running state is a prefix sum. With decay it is a loop over chunks (unrolled by torch.compile).
+    The loop over chunks is one small addition each; `torch.compile` unrolls it.
     """
     length = q.shape[1]
     state = _zeros(k, v) if state is None else state
@@ -129,25 +129,19 @@ def chunked(
         return torch.cat([head, tail], dim=1), state
     c = min(chunk, length)
     q, k, v = (rearrange(x, "b (n c) h w -> b h n c w", c=c) for x in (q, k, v))
-    scores = q @ k.mT  # [B, H, N, C, C]
-    if decay is None:
-        added = k.mT @ v  # [B, H, N, K, V]
-        states = torch.cat([state.unsqueeze(2), added], dim=2).cumsum(dim=2)  # [B, H, N+1, K, V]
-        out = scores.tril() @ v + q @ states[:, :, :-1]
-        state = states[:, :, -1].clone()
-    else:
+    scores = (q @ k.mT).tril()  # [B, H, N, C, C]
+    if decay is not None:
         place = torch.arange(c, device=q.device)
-        gamma = decay[:, None, None]
-        lag = place[:, None] - place[None, :]
-        inside = (gamma ** lag.clamp(min=0)).tril()[:, None]  # [H, 1, C, C]
-        to_end = (gamma ** place.flip(0)[:, None])[:, None]  # [H, 1, C, 1]
-        from_start = (gamma ** (place + 1)[:, None])[:, None]  # [H, 1, C, 1]
-        added = (k * to_end).mT @ v  # [B, H, N, K, V]
-        before = []
-        for n in range(added.shape[2]):
-            before.append(state)
-            state = gamma**c * state + added[:, :, n]
-        out = (scores * inside) @ v + (q * from_start) @ torch.stack(before, dim=2)
+        gamma = decay[:, None, None, None]  # [H, 1, 1, 1], against [H, N, C, .]
+        scores = scores * gamma ** (place[:, None] - place).clamp(min=0)
+        q = q * gamma ** (place + 1)[:, None]  # from the chunk's start to t
+        k = k * gamma ** (c - 1 - place)[:, None]  # from s to the chunk's end
+    kept = 1.0 if decay is None else decay[:, None, None] ** c  # of the state, over a chunk
+    before = []
+    for added in (k.mT @ v).unbind(dim=2):  # [B, H, K, V] a chunk; unbound at once, or backward would be quadratic
+        before.append(state)
+        state = kept * state + added
+    out = scores @ v + q @ torch.stack(before, dim=2)
     return rearrange(out, "b h n c w -> b (n c) h w"), state
 
 

@@ -1,0 +1,239 @@
+"""What tests and benchmarks need to trust an op: seeded inputs, values with every gradient, and an error budget.
+
+The budget is computed, not tuned. A plain implementation in the low precision itself, run on the same inputs, shows
+how much error that precision costs; an op may have twice that, plus one rounding of the largest entry:
+
+    max |op - high| <= 2 (max |plain low - high| + eps max |high|)
+
+where `high` is the plain implementation in float64. The plain implementation of linear attention is a form of its
+`reference.py` called directly on low-precision tensors, so that scores and states are rounded as in a kernel that
+feeds matrix units; in float32 it is the same call in float32.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Layout = Literal["contiguous", "sliced", "transposed"]
+
+
+def draw(
+    *shape: int,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    layout: Layout = "contiguous",
+) -> Tensor:
+    """Draw standard normal numbers, the same for every dtype, device and layout up to rounding.
+
+    Args:
+        shape: of the tensor.
+        seed: of a generator of its own.
+        dtype: rounded to, from float64.
+        device: moved to, from the CPU.
+        layout: "sliced" is a part of a wider tensor (the last axis still has stride 1), as after splitting a
+            projection; in "transposed" the last axis does not have stride 1.
+
+    Returns:
+        The tensor, a leaf that requires no gradient.
+    """
+    values = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    values = values.to(dtype).to(device)
+    if layout == "sliced":
+        return torch.cat([values, values], dim=-1)[..., shape[-1] :]
+    if layout == "transposed":
+        return values.mT.contiguous().mT
+    return values
+
+
+def linear_attention_inputs(
+    b: int,
+    t: int,
+    h: int,
+    k: int,
+    v: int,
+    *,
+    decay: bool = False,
+    state: bool = False,
+    seed: int = 0,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Draw q, k [B, T, H, K], v [B, T, H, V] and, asked for, decay [H] and state [B, H, K, V].
+
+    Queries are scaled by K^-0.5, so that scores have unit variance. Decays lie between 0.5 and 1, the last being 1.
+    `options` are those of `draw`; decay and state are contiguous, float32 (float64 for float64).
+    """
+    device, wide = _device_and_wide(options)
+    inputs = {
+        "q": draw(b, t, h, k, seed=seed, **options) * k**-0.5,
+        "k": draw(b, t, h, k, seed=seed + 1, **options),
+        "v": draw(b, t, h, v, seed=seed + 2, **options),
+    }
+    if decay:
+        inputs["decay"] = 1 - 0.5 * torch.linspace(1, 0, h, dtype=wide, device=device) ** 2
+    if state:
+        inputs["state"] = draw(b, h, k, v, seed=seed + 3, dtype=wide, device=device)
+    return inputs
+
+
+def short_conv_inputs(
+    b: int, t: int, d: int, w: int, *, bias: bool = True, state: bool = False, seed: int = 0, **options: Any
+) -> dict[str, Tensor]:
+    """Draw x [B, T, D], weight [D, W] of unit energy and, asked for, bias [D] and state [B, W-1, D].
+
+    `options` are those of `draw`; weight and bias are contiguous, float32 (float64 for float64).
+    """
+    device, wide = _device_and_wide(options)
+    inputs = {
+        "x": draw(b, t, d, seed=seed, **options),
+        "weight": draw(d, w, seed=seed + 1, dtype=wide, device=device) * w**-0.5,
+    }
+    if bias:
+        inputs["bias"] = draw(d, seed=seed + 2, dtype=wide, device=device)
+    if state:
+        inputs["state"] = draw(b, w - 1, d, seed=seed + 3, **options)
+    return inputs
+
+
+def long_conv_inputs(
+    b: int,
+    t: int,
+    d: int,
+    lags: int,
+    *,
+    reverse: int | None = None,
+    state: int | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Draw x [B, T, D], kernel [D, L] of unit energy and, asked for, reverse_kernel [D, reverse] and state [B, S, D].
+
+    `options` are those of `draw`; kernels are contiguous, float32 (float64 for float64).
+    """
+    device, wide = _device_and_wide(options)
+    energy = lags + (reverse or 0)
+    inputs = {
+        "x": draw(b, t, d, seed=seed, **options),
+        "kernel": draw(d, lags, seed=seed + 1, dtype=wide, device=device) * energy**-0.5,
+    }
+    if reverse is not None:
+        inputs["reverse_kernel"] = draw(d, reverse, seed=seed + 2, dtype=wide, device=device) * energy**-0.5
+    if state is not None:
+        inputs["state"] = draw(b, state, d, seed=seed + 3, **options)
+    return inputs
+
+
+def values_and_gradients(
+    op: Callable[..., Tensor | tuple[Tensor | None, ...]],
+    inputs: dict[str, Tensor],
+    *,
+    seed: int = 0,
+    rounded_to: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Run `op(**inputs)` forward and backward with random cotangents on every output.
+
+    Args:
+        op: returns a tensor or a tuple of tensors; None among them is left out.
+        inputs: by argument name; gradients are taken for all.
+        seed: of the cotangents, which are the same for every dtype and device.
+        rounded_to: round the cotangents to this dtype first, so that runs in wider dtypes get the same ones.
+
+    Returns:
+        "out", "state" (further outputs: "output 2", ...) and "grad NAME" for every input, detached.
+    """
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+    outputs = op(**leaves)
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    names = ["out", "state", *(f"output {n}" for n in range(2, len(outputs)))]
+    named = {name: tensor for name, tensor in zip(names, outputs, strict=False) if tensor is not None}
+    cotangents = []
+    for n, tensor in enumerate(named.values()):
+        cotangent = draw(*tensor.shape, seed=1000 + seed + n, dtype=rounded_to or tensor.dtype, device=tensor.device)
+        cotangents.append(cotangent.to(tensor.dtype))
+    gradients = torch.autograd.grad([*named.values()], [*leaves.values()], cotangents)
+    values = {name: tensor.detach() for name, tensor in named.items()}
+    return values | {f"grad {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Euclidean norm of the difference over that of `expected`, in float64; 0 for two zeros or two empty tensors."""
+    difference = (actual.detach().double() - expected.detach().double()).norm().item()
+    return difference / expected.detach().double().norm().item() if difference else 0.0
+
+
+def error_budget(low_precision: Tensor, high_precision: Tensor, dtype: torch.dtype) -> float:
+    """Largest absolute error an op with outputs in `dtype` may have; the formula is the module's.
+
+    Args:
+        low_precision: result of the plain implementation in low precision.
+        high_precision: its result in float64.
+        dtype: of the op's output; the coarser of it and low_precision's gives eps.
+    """
+    if not high_precision.numel():
+        return 0.0
+    eps = max(torch.finfo(dtype).eps, torch.finfo(low_precision.dtype).eps)
+    return 2 * (_max_error(low_precision, high_precision) + eps * high_precision.abs().max().item())
+
+
+def assert_within_budget(actual: Tensor, low_precision: Tensor, high_precision: Tensor, name: str = "output") -> None:
+    """Check an op's result against the plain implementation's.
+
+    Args:
+        actual: the op's result.
+        low_precision: the plain implementation's in low precision.
+        high_precision: the plain implementation's in float64.
+        name: for the message.
+
+    Raises:
+        AssertionError: another shape, a number that is not finite where it should be, or an error past the budget.
+    """
+    if actual.shape != high_precision.shape:
+        raise AssertionError(f"{name}: shape {list(actual.shape)} instead of {list(high_precision.shape)}")
+    if not torch.isfinite(actual).all():
+        count = int((~torch.isfinite(actual)).sum())
+        raise AssertionError(f"{name}: {count} of {actual.numel()} entries are not finite")
+    budget = error_budget(low_precision, high_precision, actual.dtype)
+    error = _max_error(actual, high_precision)
+    if not error <= budget:
+        relative = relative_error(actual, high_precision)
+        raise AssertionError(f"{name}: largest error {error:.3g}, budget {budget:.3g} (relative error {relative:.3g})")
+
+
+def check_op(
+    op: Callable[..., Any], plain: Callable[..., Any], inputs: dict[str, Tensor], *, seed: int = 0
+) -> dict[str, float]:
+    """Hold every value and gradient of `op` to the budget set by `plain` on the same inputs.
+
+    Args:
+        op: what is tested, called as `op(**inputs)`.
+        plain: the plain implementation; it must run in the inputs' own precision and in float64.
+        inputs: by argument name. The first one's dtype is the low precision.
+        seed: of the cotangents.
+
+    Returns:
+        Relative error of every value and gradient against float64.
+
+    Raises:
+        AssertionError: as `assert_within_budget`.
+    """
+    low_dtype = next(iter(inputs.values())).dtype
+    actual = values_and_gradients(op, inputs, seed=seed, rounded_to=low_dtype)
+    low = values_and_gradients(plain, inputs, seed=seed, rounded_to=low_dtype)
+    wide_inputs = {name: tensor.double() for name, tensor in inputs.items()}
+    high = values_and_gradients(plain, wide_inputs, seed=seed, rounded_to=low_dtype)
+    if actual.keys() != high.keys():
+        raise AssertionError(f"the op gave {sorted(actual)}, the plain implementation {sorted(high)}")
+    for name in high:
+        assert_within_budget(actual[name], low[name], high[name], name)
+    return {name: relative_error(actual[name], high[name]) for name in high}
+
+
+def _max_error(actual: Tensor, expected: Tensor) -> float:
+    return (actual.double() - expected.double()).abs().max().item() if actual.numel() else 0.0
+
+
+def _device_and_wide(options: dict[str, Any]) -> tuple[torch.device | str, torch.dtype]:
+    dtype = options.get("dtype", torch.float32)
+    return options.get("device", "cpu"), torch.float64 if dtype == torch.float64 else torch.float32
