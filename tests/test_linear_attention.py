@@ -2,6 +2,7 @@ import functools
 import itertools
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from chela.ops.testing import check_op, draw, linear_attention_inputs, relative_
 
 DOUBLE = torch.float64
 LENGTHS = [1, 2, 63, 64, 65, 127, 128, 129, 193]
-attend = functools.partial(linear_attention, return_state=True, impl="reference")
+attend: Any = functools.partial(linear_attention, return_state=True, impl="reference")
 
 
 def assert_same(actual, expected, tolerance=1e-10):
@@ -193,10 +194,10 @@ def test_memory_for_65536_tokens_with_gradients(decay):
 def test_precision_is_within_the_budget(dtype, causal):
     inputs = linear_attention_inputs(2, 193, 3, 16, 24, state=causal, decay=causal, dtype=dtype)
 
-    def plain(q, k, v, state=None, decay=None):
+    def plain(q, k, v, **carried):
         if not causal:
             return bidirectional(q, k, v), None
-        return chunked(q, k, v, state.to(q.dtype), decay.to(q.dtype))
+        return chunked(q, k, v, **{name: tensor.to(q.dtype) for name, tensor in carried.items()})
 
     op = functools.partial(linear_attention, causal=causal, return_state=causal, impl="reference")
     errors = check_op(op, plain, inputs)
@@ -300,9 +301,9 @@ def test_annotated_shapes_hold(form):
     checked(*(inputs[name] for name in "qkv"), causal=False)
 
 
-GOOD = linear_attention_inputs(2, 10, 3, 5, 7, decay=True, state=True)
+GOOD: dict[str, Any] = linear_attention_inputs(2, 10, 3, 5, 7, decay=True, state=True)
 ENDS = torch.tensor([0, 4, 10], dtype=torch.int32)
-PACKED = {name: GOOD[name][:1] for name in "qkv"} | {"state": None}
+PACKED: dict[str, Any] = {name: GOOD[name][:1] for name in "qkv"} | {"state": None}
 
 
 @pytest.mark.parametrize(

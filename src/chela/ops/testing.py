@@ -59,14 +59,14 @@ def linear_attention_inputs(
     state: bool = False,
     seed: int = 0,
     **options: Any,
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """Draw q, k [B, T, H, K], v [B, T, H, V] and, asked for, decay [H] and state [B, H, K, V].
 
     Queries are scaled by K^-0.5, so that scores have unit variance. Decays lie between 0.5 and 1, the last being 1.
     `options` are those of `draw`; decay and state are contiguous, float32 (float64 for float64).
     """
     device, wide = _device_and_wide(options)
-    inputs = {
+    inputs: dict[str, Any] = {
         "q": draw(b, t, h, k, seed=seed, **options) * k**-0.5,
         "k": draw(b, t, h, k, seed=seed + 1, **options),
         "v": draw(b, t, h, v, seed=seed + 2, **options),
@@ -80,13 +80,13 @@ def linear_attention_inputs(
 
 def short_conv_inputs(
     b: int, t: int, d: int, w: int, *, bias: bool = True, state: bool = False, seed: int = 0, **options: Any
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """Draw x [B, T, D], weight [D, W] of unit energy and, asked for, bias [D] and state [B, W-1, D].
 
     `options` are those of `draw`; weight and bias are contiguous, float32 (float64 for float64).
     """
     device, wide = _device_and_wide(options)
-    inputs = {
+    inputs: dict[str, Any] = {
         "x": draw(b, t, d, seed=seed, **options),
         "weight": draw(d, w, seed=seed + 1, dtype=wide, device=device) * w**-0.5,
     }
@@ -107,14 +107,14 @@ def long_conv_inputs(
     state: int | None = None,
     seed: int = 0,
     **options: Any,
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """Draw x [B, T, D], kernel [D, L] of unit energy and, asked for, reverse_kernel [D, reverse] and state [B, S, D].
 
     `options` are those of `draw`; kernels are contiguous, float32 (float64 for float64).
     """
     device, wide = _device_and_wide(options)
     energy = lags + (reverse or 0)
-    inputs = {
+    inputs: dict[str, Any] = {
         "x": draw(b, t, d, seed=seed, **options),
         "kernel": draw(d, lags, seed=seed + 1, dtype=wide, device=device) * energy**-0.5,
     }
@@ -152,7 +152,7 @@ def values_and_gradients(
     for n, tensor in enumerate(named.values()):
         cotangent = draw(*tensor.shape, seed=1000 + seed + n, dtype=rounded_to or tensor.dtype, device=tensor.device)
         cotangents.append(cotangent.to(tensor.dtype))
-    gradients = torch.autograd.grad([*named.values()], [*leaves.values()], cotangents)
+    gradients = torch.autograd.grad([*named.values()], [*leaves.values()], cotangents, materialize_grads=True)
     values = {name: tensor.detach() for name, tensor in named.items()}
     return values | {f"grad {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
 

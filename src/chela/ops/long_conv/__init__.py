@@ -19,7 +19,7 @@ def long_conv(
     return_state: bool = False,
     cu_seqlens: Int[Tensor, " n_plus_1"] | None = None,
     impl: Impl = "auto",
-) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "n s d"] | None]:
+) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "n s_after d"] | None]:
     """Convolve each channel with its own kernel over lags: `out_t = sum_{l >= 0} kernel[:, l] x_{t-l}`.
 
     With a reverse kernel, `sum_{l >= 1} reverse_kernel[:, l-1] x_{t+l}` is added. The convolution is linear, never
@@ -72,7 +72,7 @@ def long_conv(
 
 def long_conv_step(
     x: Float[Tensor, "b d"], kernel: Float[Tensor, "d l"], *, state: Float[Tensor, "b s d"], impl: Impl = "auto"
-) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b s_plus_1 d"]]:
+) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b s_after d"]]:
     """Take one token of the causal convolution: O(S). The state passed in is left as it was.
 
     Args:

@@ -48,7 +48,6 @@ def _kernel_spectrum(kernel: Tensor, reverse: Tensor, n: int, wide: torch.dtype)
     return torch.fft.rfft(torch.cat([F.pad(kernel.to(wide), (0, gap)), reverse.to(wide).flip(1)], dim=1))
 
 
-@torch.library.custom_op("chela::fft_conv", mutates_args=())
 def fft_conv(history: Tensor, kernel: Tensor, reverse: Tensor, length: int) -> Tensor:
     """Convolve `history` [B, S+T, D] with `kernel` [D, L] and `reverse` [D, L2].
 
@@ -61,6 +60,18 @@ def fft_conv(history: Tensor, kernel: Tensor, reverse: Tensor, length: int) -> T
     Returns:
         The last T outputs [B, T, D], in the dtype of history.
     """
+    return torch.ops.chela.fft_conv.default(history, kernel, reverse, length)
+
+
+# Registered by schema, not by torch.library.custom_op: that loads the compiler, 1.7 s, when the op is first called.
+_TAG = torch.Tag.pt2_compliant_tag
+_INPUTS = "Tensor history, Tensor kernel, Tensor reverse, SymInt length"
+torch.library.define("chela::fft_conv", f"({_INPUTS}) -> Tensor", tags=_TAG)
+torch.library.define("chela::fft_conv_backward", f"(Tensor grad, {_INPUTS}) -> (Tensor, Tensor, Tensor)", tags=_TAG)
+
+
+@torch.library.impl("chela::fft_conv", "default")
+def _forward(history: Tensor, kernel: Tensor, reverse: Tensor, length: int) -> Tensor:
     n, end = _points(history, kernel, reverse, length), history.shape[1]
     spectrum = _spectrum(history, 0, n)
     spectrum *= _kernel_spectrum(kernel, reverse, n, wide_dtype(history.dtype))
@@ -68,30 +79,31 @@ def fft_conv(history: Tensor, kernel: Tensor, reverse: Tensor, length: int) -> T
     return out.copy_(torch.fft.irfft(spectrum, n)[..., end - length : end].mT)
 
 
-@torch.library.custom_op("chela::fft_conv_backward", mutates_args=())
-def fft_conv_backward(
+@torch.library.impl("chela::fft_conv_backward", "default")
+def _backward(
     grad: Tensor, history: Tensor, kernel: Tensor, reverse: Tensor, length: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `fft_conv` for history, kernel and reverse, given that of its output [B, T, D]."""
+    """Gradients for history, kernel and reverse, given that of the output [B, T, D]."""
     n, end = _points(history, kernel, reverse, length), history.shape[1]
-    lags, ahead = kernel.shape[1], reverse.shape[1]
     g = _spectrum(grad, end - length, n)
     h = _spectrum(history, 0, n).conj_physical_()
     on_circle = torch.fft.irfft(h.mul_(g).sum(0), n)  # [D, n]
+    d_kernel = kernel.new_empty(kernel.shape).copy_(on_circle[:, : kernel.shape[1]])
+    d_reverse = reverse.new_empty(reverse.shape).copy_(on_circle[:, n - reverse.shape[1] :].flip(1))
     g *= _kernel_spectrum(kernel, reverse, n, wide_dtype(history.dtype)).conj()
-    d_history = torch.empty_like(history, memory_format=torch.contiguous_format)
-    d_history.copy_(torch.fft.irfft(g, n)[..., :end].mT)
-    d_kernel = on_circle[:, :lags].to(kernel.dtype, copy=True, memory_format=torch.contiguous_format)
-    return d_history, d_kernel, on_circle[:, n - ahead :].flip(1).to(reverse.dtype)
+    d_history = history.new_empty(history.shape).copy_(torch.fft.irfft(g, n)[..., :end].mT)
+    return d_history, d_kernel, d_reverse
 
 
-@fft_conv.register_fake
-def _(history: Tensor, kernel: Tensor, reverse: Tensor, length: int) -> Tensor:
+@torch.library.register_fake("chela::fft_conv")
+def _forward_shape(history: Tensor, kernel: Tensor, reverse: Tensor, length: int) -> Tensor:
     return history.new_empty(history.shape[0], length, history.shape[2])
 
 
-@fft_conv_backward.register_fake
-def _(grad: Tensor, history: Tensor, kernel: Tensor, reverse: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.register_fake("chela::fft_conv_backward")
+def _backward_shapes(
+    grad: Tensor, history: Tensor, kernel: Tensor, reverse: Tensor, length: int
+) -> tuple[Tensor, Tensor, Tensor]:
     return history.new_empty(history.shape), kernel.new_empty(kernel.shape), reverse.new_empty(reverse.shape)
 
 
@@ -100,16 +112,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-    return *fft_conv_backward(grad, *ctx.saved_tensors, ctx.length), None
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    return *torch.ops.chela.fft_conv_backward.default(grad, *ctx.saved_tensors, ctx.length), None
 
 
-def _backward_twice(ctx: Any, u: Tensor, w: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+def _differentiate_twice(ctx: Any, u: Tensor, w: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
     """The convolution is linear in the input and in the kernels, so its gradients are again made of itself."""
     grad, history, kernel, reverse = ctx.saved_tensors
     d_grad = fft_conv(u, kernel, reverse, ctx.length) + fft_conv(history, w, w2, ctx.length)
-    return d_grad, *fft_conv_backward(grad, u, w, w2, ctx.length), None
+    return d_grad, *torch.ops.chela.fft_conv_backward.default(grad, u, w, w2, ctx.length), None
 
 
-fft_conv.register_autograd(_backward, setup_context=_save)
-fft_conv_backward.register_autograd(_backward_twice, setup_context=_save)
+torch.library.register_autograd("chela::fft_conv", _differentiate, setup_context=_save)
+torch.library.register_autograd("chela::fft_conv_backward", _differentiate_twice, setup_context=_save)
