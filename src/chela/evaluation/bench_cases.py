@@ -1,6 +1,7 @@
 """What `chela bench` measures: for each op its shapes, our implementations and what torch has beside them.
 
-A new implementation or peer is one more `Contender` here.
+A new implementation or peer is one more `Contender` here. Ours take tensors as the ops do; a peer gets them in the
+layout it likes best, and getting there is not timed.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,17 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from chela.ops import (
-    linear_attention,
-    linear_attention_step,
-    long_conv,
-    long_conv_step,
-    short_conv,
-    short_conv_step,
-)
+from chela.ops import linear_attention, linear_attention_step, long_conv, long_conv_step, short_conv, short_conv_step
+from chela.ops.impl import Impl
+from chela.ops.linear_attention.reference import quadratic
+from chela.ops.short_conv.reference import taps
+from chela.ops.testing import draw, linear_attention_inputs, long_conv_inputs, short_conv_inputs
 
 Shape = dict[str, int]
-Tensors = tuple[Tensor, ...]
+Inputs = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -29,47 +27,40 @@ class Contender:
 
     name: str
     run: Callable[..., Tensor]
-    """From the tensors of `prepare` to the output."""
-    prepare: Callable[[Tensors], Tensors] = lambda tensors: tensors
-    """Puts the suite's inputs into this contender's own layout; not timed."""
+    """From inputs to the output."""
     impl: str = ""
     """Which implementation of ours; empty for a peer."""
+    prepare: Callable[[Inputs, Shape], Inputs] = lambda inputs, shape: inputs
+    """Puts the suite's inputs into the layout and under the names that `run` wants; not timed."""
     longest: Callable[[str], int] = lambda device: 2**62
     """Largest T worth waiting for on a kind of device."""
 
 
 @dataclass(frozen=True)
 class Suite:
-    """One op."""
+    """One op and all who do its job."""
 
     op: str
     uses: tuple[str, ...]
-    """Ops of ours that it calls."""
-    make: Callable[[Shape, torch.dtype, torch.device], Tensors]
+    """The ops of ours that it calls."""
+    make: Callable[[Shape, torch.dtype, torch.device], Inputs]
     """Random inputs of a shape; gradients are taken with respect to all of them."""
+    plain: Callable[..., Tensor]
+    """The plain implementation that the checks hold ours to."""
     contenders: tuple[Contender, ...]
     shapes: dict[str, tuple[Shape, ...]]
     """For each kind of device."""
     check: Shape
-    """A small, odd shape, on which our implementations are held to float64 before anything is timed."""
+    """A small, odd shape for the checks."""
     backward: bool = True
     tokens: Callable[[Shape], int] = lambda shape: shape["B"] * shape["T"]
 
 
-def _ours(run: Callable[..., Tensor]) -> tuple[Contender, ...]:
-    def bound(impl: str) -> Callable[..., Tensor]:
-        return lambda *tensors: run(*tensors, impl=impl)
+def _ours(run: Callable[..., Tensor], impls: Sequence[Impl] = ("triton", "reference")) -> tuple[Contender, ...]:
+    def bound(impl: Impl) -> Callable[..., Tensor]:
+        return lambda **inputs: run(**inputs, impl=impl)
 
-    return tuple(Contender(f"chela {impl}", bound(impl), impl=impl) for impl in ("triton", "reference"))
-
-
-def _draw(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*sizes: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(sizes, generator=generator) * scale).to(device, dtype)
-
-    return draw
+    return tuple(Contender(f"chela {impl}", bound(impl), impl=impl) for impl in impls)
 
 
 def _lengths(base: Shape, lengths: Sequence[int], tokens: int = 0) -> tuple[Shape, ...]:
@@ -79,42 +70,29 @@ def _lengths(base: Shape, lengths: Sequence[int], tokens: int = 0) -> tuple[Shap
 
 CPU_LENGTHS = (128, 512, 2048, 8192, 16_384)
 GPU_LENGTHS = (512, 2048, 8192, 16_384, 131_072)
-
-
-# Attention
-
-
-def _make_attention(s: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
-    draw = _draw(device, dtype)
-    width = s["K"] ** -0.5
-    return (
-        draw(s["B"], s["T"], s["H"], s["K"], scale=width),
-        draw(s["B"], s["T"], s["H"], s["K"], scale=width),
-        draw(s["B"], s["T"], s["H"], s["V"]),
-    )
-
-
-def _heads_first(tensors: Tensors) -> Tensors:
-    return tuple(x.transpose(1, 2).contiguous() for x in tensors)
+GPU_TOKENS = 131_072
 
 
 ATTENTION = Suite(
     op="linear-attention",
     uses=("linear_attention",),
-    make=_make_attention,
+    make=lambda s, dtype, device: linear_attention_inputs(
+        s["B"], s["T"], s["H"], s["K"], s["V"], dtype=dtype, device=device
+    ),
+    plain=lambda q, k, v: quadratic(q, k, v)[0],
     contenders=(
         *_ours(lambda q, k, v, impl: linear_attention(q, k, v, impl=impl)[0]),
         Contender(
-            "torch SDPA (softmax)",
+            "torch SDPA, softmax",
             lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
-            prepare=_heads_first,
+            prepare=lambda inputs, shape: {name: x.transpose(1, 2).contiguous() for name, x in inputs.items()},
             longest=lambda device: 2048 if device == "cpu" else 32_768,
         ),
     ),
     shapes={
         "cpu": _lengths({"B": 1, "T": 0, "H": 4, "K": 64, "V": 64}, CPU_LENGTHS),
         "cuda": (
-            *_lengths({"B": 0, "T": 0, "H": 8, "K": 64, "V": 64}, GPU_LENGTHS, 131_072),
+            *_lengths({"B": 0, "T": 0, "H": 8, "K": 64, "V": 64}, GPU_LENGTHS, GPU_TOKENS),
             {"B": 64, "T": 2048, "H": 1, "K": 64, "V": 256},
         ),
     },
@@ -122,52 +100,40 @@ ATTENTION = Suite(
 )
 
 
-# Convolutions
-
-
-def _make_short(s: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
-    draw = _draw(device, dtype)
-    return draw(s["B"], s["T"], s["D"]), draw(s["D"], s["W"], scale=s["W"] ** -0.5)
-
-
-def _make_long(s: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
-    draw = _draw(device, dtype)
-    return draw(s["B"], s["T"], s["D"]), draw(s["D"], s["L"], scale=s["L"] ** -0.5)
-
-
-def _channels_first(tensors: Tensors) -> Tensors:
-    x, weight = tensors
-    return x.transpose(1, 2).contiguous(), weight
-
-
 def _conv1d(x: Tensor, weight: Tensor) -> Tensor:
     """Causal depthwise convolution, x [B, D, T], last tap of weight [D, W] = current step."""
     return F.conv1d(F.pad(x, (weight.shape[1] - 1, 0)), weight.unsqueeze(1), groups=x.shape[1])
 
 
-def _flipped(tensors: Tensors) -> Tensors:
-    x, kernel = _channels_first(tensors)
-    return x, kernel.flip(1).contiguous()
-
-
 def _fft(x: Tensor, kernel: Tensor) -> Tensor:
-    """The usual recipe in float32: x [B, D, T], kernel [D, L]."""
-    t, size = x.shape[2], x.shape[2] + kernel.shape[1]
-    spectrum = torch.fft.rfft(x.float(), n=size) * torch.fft.rfft(kernel.float(), n=size)
-    return torch.fft.irfft(spectrum, n=size)[..., :t].to(x.dtype)
+    """The usual recipe, in float32 at least: x [B, D, T], kernel [D, L]."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    size = x.shape[2] + kernel.shape[1]
+    spectrum = torch.fft.rfft(x.to(wide), n=size) * torch.fft.rfft(kernel.to(wide), n=size)
+    return torch.fft.irfft(spectrum, n=size)[..., : x.shape[2]].to(x.dtype)
 
 
 SHORT = Suite(
     op="short-conv",
     uses=("short_conv",),
-    make=_make_short,
+    make=lambda s, dtype, device: short_conv_inputs(
+        s["B"], s["T"], s["D"], s["W"], bias=False, dtype=dtype, device=device
+    ),
+    plain=lambda x, weight: F.silu(taps(F.pad(x, (0, 0, weight.shape[1] - 1, 0)), weight.to(x.dtype), None)),
     contenders=(
         *_ours(lambda x, weight, impl: short_conv(x, weight, activation="silu", impl=impl)[0]),
-        Contender("torch conv1d + silu", lambda x, weight: F.silu(_conv1d(x, weight)), prepare=_channels_first),
+        Contender(
+            "torch conv1d, silu",
+            lambda x, weight: F.silu(_conv1d(x, weight)),
+            prepare=lambda inputs, shape: {
+                "x": inputs["x"].transpose(1, 2).contiguous(),
+                "weight": inputs["weight"].to(inputs["x"].dtype),
+            },
+        ),
     ),
     shapes={
         "cpu": _lengths({"B": 4, "T": 0, "D": 128, "W": 4}, CPU_LENGTHS),
-        "cuda": _lengths({"B": 0, "T": 0, "D": 128, "W": 4}, GPU_LENGTHS, 131_072),
+        "cuda": _lengths({"B": 0, "T": 0, "D": 128, "W": 4}, GPU_LENGTHS, GPU_TOKENS),
     },
     check={"B": 2, "T": 333, "D": 24, "W": 4},
 )
@@ -175,61 +141,80 @@ SHORT = Suite(
 LONG = Suite(
     op="long-conv",
     uses=("long_conv",),
-    make=_make_long,
+    make=lambda s, dtype, device: long_conv_inputs(s["B"], s["T"], s["D"], s["L"], dtype=dtype, device=device),
+    plain=lambda x, kernel: _fft(x.transpose(1, 2), kernel).transpose(1, 2),
     contenders=(
         *_ours(lambda x, kernel, impl: long_conv(x, kernel, impl=impl)[0]),
-        Contender("torch fft", _fft, prepare=_channels_first),
-        Contender("torch conv1d", _conv1d, prepare=_flipped, longest=lambda device: 512),
+        Contender(
+            "torch fft",
+            _fft,
+            prepare=lambda inputs, shape: {"x": inputs["x"].transpose(1, 2).contiguous(), "kernel": inputs["kernel"]},
+        ),
+        Contender(
+            "torch conv1d",
+            _conv1d,
+            prepare=lambda inputs, shape: {
+                "x": inputs["x"].transpose(1, 2).contiguous(),
+                "weight": inputs["kernel"].flip(1).to(inputs["x"].dtype),
+            },
+            longest=lambda device: 512,
+        ),
     ),
     shapes={
         "cpu": tuple({**s, "L": s["T"]} for s in _lengths({"B": 1, "T": 0, "D": 128}, CPU_LENGTHS)),
-        "cuda": tuple({**s, "L": s["T"]} for s in _lengths({"B": 0, "T": 0, "D": 128}, GPU_LENGTHS, 131_072)),
+        "cuda": tuple({**s, "L": s["T"]} for s in _lengths({"B": 0, "T": 0, "D": 128}, GPU_LENGTHS, GPU_TOKENS)),
     },
     check={"B": 2, "T": 333, "D": 24, "L": 333},
 )
 
 
-# Decoding: one token of one layer's mixing after a context of T
+# Decoding: one more token after a context of T. The attention keeps K x V numbers a head whatever T; a softmax
+# attention keeps T keys and values, and the long convolution its last T inputs, with a kernel of as many taps.
 
 
-def _make_decode(s: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
-    draw = _draw(device, dtype)
-    width = s["H"] * s["K"]
-    heads = (s["B"], s["H"], s["K"])
-    state = draw(s["B"], s["H"], s["K"], s["K"]).to(torch.float64 if dtype == torch.float64 else torch.float32)
-    return (
-        draw(s["B"], width),
-        draw(width, 4, scale=0.5),
-        draw(width, s["T"], scale=s["T"] ** -0.5),
-        draw(s["B"], 3, width),
-        draw(s["B"], s["T"] - 1, width),
-        *(draw(*heads, scale=s["K"] ** -0.5) for _ in range(3)),
-        state,
-    )
+def _one_token(s: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    inputs = linear_attention_inputs(s["B"], 1, s["H"], s["K"], s["K"], state=True, dtype=dtype, device=device)
+    return {name: x if name == "state" else x.squeeze(1) for name, x in inputs.items()}
 
 
-def _step(x: Tensor, weight: Tensor, kernel: Tensor, short: Tensor, long: Tensor, *rest: Tensor, impl: str) -> Tensor:
-    q, k, v, state = rest
-    u, _ = short_conv_step(x, weight, state=short, activation="silu", impl=impl)  # pyrefly: ignore
-    z, _ = long_conv_step(u, kernel, state=long, impl=impl)  # pyrefly: ignore
-    out, _ = linear_attention_step(q, k, v, state, impl=impl)  # pyrefly: ignore
-    return out.flatten(1) + z
+def _with_cache(inputs: Inputs, shape: Shape) -> Inputs:
+    """A query [B, H, 1, K], and keys and values of T tokens [B, H, T, K]."""
+    q = inputs["q"]
+    sizes = (len(q), q.shape[1], shape["T"], q.shape[2])
+    keys, values = (draw(*sizes, seed=seed, dtype=q.dtype, device=q.device) for seed in (1, 2))
+    return {"query": q.unsqueeze(2), "key": keys, "value": values}
 
 
-def _caches(tensors: Tensors) -> Tensors:
-    """A query and the keys and values of T tokens, [B, H, T, K]."""
-    cache, q = tensors[4], tensors[5]
-    keys = F.pad(cache, (0, 0, 1, 0)).unflatten(2, q.shape[1:]).transpose(1, 2).contiguous()
-    return q.unsqueeze(2), keys, keys.clone()
+def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> Tensor:
+    after = state + torch.einsum("bhk,bhv->bhkv", k, v)
+    return torch.einsum("bhk,bhkv->bhv", q.to(after.dtype), after).to(q.dtype)
 
 
-DECODE = Suite(
-    op="decode",
-    uses=("short_conv", "long_conv", "linear_attention"),
-    make=_make_decode,
+def _one_input(s: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    short = short_conv_inputs(s["B"], 1, s["D"], 4, bias=False, state=True, dtype=dtype, device=device)
+    long = long_conv_inputs(s["B"], 1, s["D"], s["T"], state=s["T"] - 1, seed=10, dtype=dtype, device=device)
+    inputs = {"x": short["x"].squeeze(1), "weight": short["weight"], "short": short["state"]}
+    return inputs | {"kernel": long["kernel"], "long": long["state"]}
+
+
+def _convolve(x: Tensor, weight: Tensor, short: Tensor, kernel: Tensor, long: Tensor, impl: Impl) -> Tensor:
+    u, _ = short_conv_step(x, weight, state=short, activation="silu", impl=impl)
+    return long_conv_step(u, kernel, state=long, impl=impl)[0]
+
+
+def _convolve_plainly(x: Tensor, weight: Tensor, short: Tensor, kernel: Tensor, long: Tensor) -> Tensor:
+    u = F.silu(torch.einsum("bwd,dw->bd", torch.cat([short, x.unsqueeze(1)], 1), weight.to(x.dtype)))
+    return torch.einsum("bld,dl->bd", torch.cat([long, u.unsqueeze(1)], 1), kernel.flip(1).to(x.dtype))
+
+
+DECODE_ATTENTION = Suite(
+    op="decode, linear attention",
+    uses=("linear_attention",),
+    make=_one_token,
+    plain=_attend_plainly,
     contenders=(
-        *_ours(_step),
-        Contender("torch SDPA (softmax) with a cache", F.scaled_dot_product_attention, prepare=_caches),
+        *_ours(lambda q, k, v, state, impl: linear_attention_step(q, k, v, state, impl=impl)[0]),
+        Contender("torch SDPA, cache", F.scaled_dot_product_attention, prepare=_with_cache),
     ),
     shapes={
         "cpu": _lengths({"B": 1, "T": 0, "H": 4, "K": 64}, CPU_LENGTHS),
@@ -240,4 +225,25 @@ DECODE = Suite(
     tokens=lambda shape: shape["B"],
 )
 
-SUITES = {suite.op: suite for suite in (ATTENTION, SHORT, LONG, DECODE)}
+DECODE_CONVOLUTIONS = Suite(
+    op="decode, short and long convolution",
+    uses=("short_conv", "long_conv"),
+    make=_one_input,
+    plain=_convolve_plainly,
+    contenders=_ours(_convolve),
+    shapes={
+        "cpu": _lengths({"B": 1, "T": 0, "D": 256}, CPU_LENGTHS),
+        "cuda": _lengths({"B": 8, "T": 0, "D": 512}, GPU_LENGTHS),
+    },
+    check={"B": 2, "T": 333, "D": 24},
+    backward=False,
+    tokens=lambda shape: shape["B"],
+)
+
+SUITES = {
+    "linear-attention": (ATTENTION,),
+    "short-conv": (SHORT,),
+    "long-conv": (LONG,),
+    "decode": (DECODE_ATTENTION, DECODE_CONVOLUTIONS),
+}
+"""What each name on the command line stands for."""

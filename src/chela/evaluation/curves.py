@@ -14,7 +14,7 @@ COLOURS = ("#2f7ed8", "#e8743b", "#19a979", "#945ecf", "#d64b6a", "#13a4b4", "#b
 class Line:
     """One run's curve; runs of one configuration share a colour."""
 
-    colour: int
+    colour: str
     steps: list[int]
     values: list[float]
 
@@ -30,6 +30,11 @@ class Chart:
     levels: dict[str, float]
     """Horizontal lines to compare with: baselines, chance."""
     percent: bool = False
+
+
+def colour(number: int) -> str:
+    """The colour of a configuration."""
+    return COLOURS[number % len(COLOURS)]
 
 
 def available() -> bool:
@@ -62,9 +67,8 @@ def draw(chart: Chart) -> str:
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         for line in chart.lines:
-            colour = COLOURS[line.colour % len(COLOURS)]
             marker = "o" if len(line.steps) == 1 else None
-            axes.plot(line.steps, line.values, color=colour, linewidth=1.6, alpha=0.9, marker=marker)
+            axes.plot(line.steps, line.values, color=line.colour, linewidth=1.6, alpha=0.9, marker=marker)
         for name, level in chart.levels.items():
             axes.axhline(level, color=RULE, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
             axes.annotate(

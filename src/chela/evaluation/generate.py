@@ -144,7 +144,7 @@ def generate_run(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     write: Callable[[str], None] = lambda text: None,
 ) -> Generated:
-    """Continue a prompt with the language model of a run; `write` gets the text piece by piece as it comes.
+    """Continue a prompt with the language model of a run; `write` gets prompt and text as they come.
 
     Raises:
         ValueError: the folder is no run of a language model, or an option is out of range.
@@ -164,6 +164,7 @@ def generate_run(
         top_p=top_p,
         seed=seed,
     )
+    write(prompt)
     for token in stream:
         tokens += 1
         pieces.append(decoder.decode(bytes(token.tolist())))

@@ -41,6 +41,7 @@ thead th { color: var(--soft); font-weight: 500; white-space: nowrap; }
 th.number, td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 tr.group td { font-weight: 600; } tr.part td:first-child { padding-left: 2.2rem; }
 tr.group td.soft { font-weight: 400; }
+td.fixed { white-space: nowrap; } td:first-child { min-width: 9rem; } .scroll + p { margin-top: .9rem; }
 td.bad { color: var(--bad); } td.good { color: var(--good); }
 code, pre { font: .85rem/1.6 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 pre { margin: 0; padding: .8rem 1rem; white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--rule);

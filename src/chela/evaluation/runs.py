@@ -15,11 +15,9 @@ from chela.record import differences, load_toml, to_dict
 from chela.training import journal, metrics
 from chela.training.device import pick_device
 
-INCIDENTAL = {
-    "": ("seed", "out"),
-    "data": ("root",),
-    "train": ("keep", "log_every", "save_every", "time_limit"),
-}
+INCIDENTAL = frozenset(
+    ("seed", "out", "data.root", "train.keep", "train.log_every", "train.save_every", "train.time_limit")
+)
 """Settings in which runs of one configuration may differ: they do not change what is learned, or are the seed."""
 
 
@@ -119,11 +117,19 @@ def load_run(
 
 def group(runs: Sequence[Run]) -> list[Group]:
     """Put runs that differ in nothing but the seed together, in the order of first appearance, seeds ascending."""
-    together: dict[str, list[Run]] = {}
+    together: list[list[Run]] = []
     for run in runs:
-        together.setdefault(repr(_essential(run.config)), []).append(run)
-    members = [sorted(group, key=lambda run: run.config.seed) for group in together.values()]
-    return [Group(_name(group[0].config, [other[0].config for other in members]), group) for group in members]
+        same = (members for members in together if not _departures(members[0].config, run.config))
+        members = next(same, None)
+        if members is None:
+            together.append([run])
+        else:
+            members.append(run)
+    firsts = [members[0].config for members in together]
+    return [
+        Group(_name(config, firsts), sorted(members, key=lambda run: run.config.seed))
+        for config, members in zip(firsts, together, strict=True)
+    ]
 
 
 def command(config: RunConfig) -> str:
@@ -147,21 +153,19 @@ def _option(part: str, key: str, value: Any) -> list[str]:
     return [f"--{part}.{key}", *map(str, value if isinstance(value, list) else [value])]
 
 
-def _essential(config: RunConfig) -> dict[str, Any]:
-    values = to_dict(config)
-    for part, keys in INCIDENTAL.items():
-        for key in keys:
-            del (values[part] if part else values)[key]
-    return values
+def key_of(difference: str) -> str:
+    """The setting that a line of `differences` is about."""
+    return difference.split(" was ")[0]
+
+
+def _departures(first: RunConfig, config: RunConfig) -> list[str]:
+    return [key for key in map(key_of, differences(first, config)) if key not in INCIDENTAL]
 
 
 def _name(config: RunConfig, all_configs: Sequence[RunConfig]) -> str:
     """The preset, and where several configurations come from it, how this one departs from the first of them."""
     first = next(other for other in all_configs if other.preset == config.preset)
-    incidental = {f"{part}.{key}" if part else key for part, keys in INCIDENTAL.items() for key in keys}
-    changed = [line.split(" was ")[0] for line in differences(first, config)]
-    departures = [f"{key} {_value(config, key)}" for key in changed if key not in incidental]
-    return ", ".join([config.preset, *departures])
+    return ", ".join([config.preset, *(f"{key} {_value(config, key)}" for key in _departures(first, config))])
 
 
 def _value(config: RunConfig, key: str) -> str:

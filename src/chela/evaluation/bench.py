@@ -1,0 +1,220 @@
+"""`chela bench`: every implementation is checked first, then timed; a table to read and a CSV to keep."""
+
+import csv
+import datetime
+import importlib.metadata
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TextIO
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from chela.evaluation.bench_cases import SUITES, Contender, Inputs, Shape, Suite
+from chela.evaluation.runs import place
+from chela.evaluation.timing import Time, measure
+from chela.ops.impl import resolve
+from chela.ops.testing import check_op, draw
+from chela.record import nearest
+from chela.training.device import compute_type
+from chela.training.journal import surroundings
+
+PASSES = ("forward", "forward+backward")
+COLUMNS = (
+    *("op", "implementation", "shape", "dtype", "pass", "median_ms", "low_ms", "high_ms", "repeats", "tokens_per_s"),
+    *("worst_relative_error", "device", "threads", "chela", "torch", "triton", "python", "commit", "date"),
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One contender at one shape."""
+
+    contender: Contender
+    shape: Shape
+    times: dict[str, Time] = field(default_factory=dict)
+    error: float | None = None
+    """Largest relative error of a value or gradient in the check; None for a peer."""
+
+
+def run_bench(
+    ops: Sequence[str],
+    *,
+    out: Path,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    seconds: float = 0.3,
+    shapes: dict[str, tuple[Shape, ...]] | None = None,
+    console: Console | None = None,
+) -> list[dict[str, object]]:
+    """Check and time ops, print tables and write every measurement to a CSV file.
+
+    Args:
+        ops: names of suites; none for all.
+        out: the CSV file, written anew.
+        device: where to compute.
+        dtype: of the inputs; auto is bfloat16 on a GPU.
+        seconds: spent on each measurement.
+        shapes: other shapes than the suites' own, by op.
+        console: where the tables are printed.
+
+    Returns:
+        The rows of the file.
+
+    Raises:
+        ValueError: an unknown op, a device that is not there, a file that cannot be written.
+        AssertionError: an implementation of ours fails its check; nothing of its suite is timed.
+    """
+    for name in ops:
+        if name not in SUITES:
+            raise ValueError(f"unknown op {name!r}{nearest(name, SUITES)}; ops: {', '.join(SUITES)}")
+    if seconds < 0:
+        raise ValueError(f"seconds must not be negative, got {seconds}")
+    where, console, rows = place(device), console or Console(), []
+    kind, provenance = compute_type(dtype, where), _provenance(where)
+    with _open(out) as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        console.print(_headline(provenance, kind), highlight=False, markup=False)
+        for suite in (suite for name in ops or SUITES for suite in SUITES[name]):
+            errors = _check(suite, kind, where)
+            measured = []
+            for shape in (shapes or {}).get(suite.op, suite.shapes[where.type]):
+                measured += _time(suite, shape, errors, kind, where, seconds)
+            new = [row | provenance for m in measured for row in _rows(suite, m, kind)]
+            writer.writerows(new)
+            file.flush()
+            rows += new
+            console.print(_table(suite, measured))
+    console.print(f"{len(rows)} measurements with their 20 and 80 % quantiles in {out}", highlight=False, markup=False)
+    return rows
+
+
+def _open(out: Path) -> TextIO:
+    try:
+        return out.open("w", newline="", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot write {out}: {error.strerror}") from None
+
+
+def _check(suite: Suite, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """Hold values and gradients of all our implementations that run here to float64; largest relative errors."""
+    inputs = suite.make(suite.check, dtype, device)
+    checked = {}
+    for contender in suite.contenders:
+        if contender.impl and all(_runs(contender.impl, device, op) for op in suite.uses):
+            try:
+                errors = check_op(contender.run, suite.plain, inputs)
+            except AssertionError as error:
+                raise AssertionError(f"{suite.op}, {contender.name}, {dtype} on {device}: {error}") from None
+            checked[contender.name] = max(errors.values())
+    return checked
+
+
+def _runs(impl: str, device: torch.device, op: str) -> bool:
+    if impl == "triton" and device.type != "cuda":
+        return False  # Triton's interpreter on a CPU is for tests
+    try:
+        resolve(impl, device, op)  # pyrefly: ignore
+    except ValueError:
+        return False
+    return True
+
+
+def _time(
+    suite: Suite, shape: Shape, errors: dict[str, float], dtype: torch.dtype, device: torch.device, seconds: float
+) -> list[Measured]:
+    inputs = suite.make(shape, dtype, device)
+    measured = []
+    for contender in suite.contenders:
+        if contender.name not in errors if contender.impl else shape["T"] > contender.longest(device.type):
+            continue
+        times = _measure(contender, contender.prepare(inputs, shape), suite.backward, device, seconds)
+        measured.append(Measured(contender, shape, times, errors.get(contender.name)))
+    return measured
+
+
+def _measure(
+    contender: Contender, inputs: Inputs, backward: bool, device: torch.device, seconds: float
+) -> dict[str, Time]:
+    with torch.no_grad():
+        times = {"forward": measure(lambda: contender.run(**inputs), device, seconds)}
+        shape = contender.run(**inputs)
+    if backward:
+        leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+        cotangent = draw(*shape.shape, seed=9, dtype=shape.dtype, device=device)
+
+        def both() -> tuple[Tensor, ...]:
+            return torch.autograd.grad(contender.run(**leaves), tuple(leaves.values()), cotangent)
+
+        times["forward+backward"] = measure(both, device, seconds)
+    return times
+
+
+def _rows(suite: Suite, m: Measured, dtype: torch.dtype) -> list[dict[str, object]]:
+    return [
+        {
+            "op": suite.op,
+            "implementation": m.contender.name,
+            "shape": _shape(m.shape),
+            "dtype": str(dtype).removeprefix("torch."),
+            "pass": name,
+            "median_ms": f"{time.median:.5g}",
+            "low_ms": f"{time.low:.5g}",
+            "high_ms": f"{time.high:.5g}",
+            "repeats": time.repeats,
+            "tokens_per_s": f"{1000 * suite.tokens(m.shape) / time.median:.5g}",
+            "worst_relative_error": "" if m.error is None else f"{m.error:.3g}",
+        }
+        for name, time in m.times.items()
+    ]
+
+
+def _table(suite: Suite, measured: Sequence[Measured]) -> Table:
+    """Median times; for ours also how often they fit into the fastest peer's time, above 1 won, below 1 lost."""
+    passes = PASSES if suite.backward else PASSES[:1]
+    table = Table(title=suite.op, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=0)
+    table.add_column("", no_wrap=True, min_width=25)
+    for name in passes:
+        table.add_column(f"{name.removeprefix('forward') or name}\nms", justify="right", min_width=9)
+        table.add_column("peer\n/ ours", justify="right", min_width=6)
+    table.add_column(f"tokens/s\n{passes[-1].removeprefix('forward')}", justify="right", min_width=12)
+    for shape in {_shape(m.shape): m.shape for m in measured}.values():
+        here = [m for m in measured if m.shape == shape]
+        peers = [m for m in here if not m.contender.impl]
+        table.add_row(Text(_shape(shape), style="bold"))
+        for m in here:
+            cells: list[str | Text] = [f"  {m.contender.name}"]
+            for name in passes:
+                best = min((peer.times[name].median for peer in peers), default=None)
+                ratio = best / m.times[name].median if best and m.contender.impl else None
+                won = Text(f"{ratio:.2f}", style="green" if ratio >= 1 else "red") if ratio else ""
+                cells += [f"{m.times[name].median:.3f}", won]
+            table.add_row(*cells, f"{1000 * suite.tokens(shape) / m.times[passes[-1]].median:,.0f}")
+    return table
+
+
+def _shape(shape: Shape) -> str:
+    return " ".join(f"{axis}{size}" for axis, size in shape.items())
+
+
+def _provenance(device: torch.device) -> dict[str, object]:
+    facts = surroundings(device)
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = ""
+    named = {key: facts.get(key, "") for key in ("device", "threads", "chela", "torch", "python", "commit")}
+    return named | {"triton": triton, "date": datetime.datetime.now(datetime.UTC).date().isoformat()}
+
+
+def _headline(provenance: dict[str, object], dtype: torch.dtype) -> str:
+    return (
+        f"{provenance['device']}, {provenance['threads']} threads, torch {provenance['torch']}, "
+        f"triton {provenance['triton'] or 'not installed'}, {str(dtype).removeprefix('torch.')}"
+    )

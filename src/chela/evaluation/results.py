@@ -1,0 +1,113 @@
+"""The numbers of a report: which one counts, its mean over seeds, and the table of them."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from chela.evaluation import page
+from chela.evaluation.page import Cell
+from chela.evaluation.runs import Group, Run
+
+
+def metric(result: dict[str, Any]) -> tuple[str, str]:
+    """Name and text of the number that counts in a result."""
+    name, value, form = score(result)
+    return name, form.format(value)
+
+
+def score(result: dict[str, Any]) -> tuple[str, float, str]:
+    """Name, value and format of the number that counts in a result."""
+    if "bits_per_byte" in result:
+        return "bits per byte", result["bits_per_byte"], "{:.4f}"
+    if "perplexity" in result:
+        return "perplexity", result["perplexity"], "{:.2f}"
+    return "accuracy", 100 * result["accuracy"], "{:.2f} %"
+
+
+def baselines(groups: Sequence[Group]) -> dict[str, float]:
+    """Test accuracies of trivial answers, as the runs recorded them."""
+    return {k: v for g in groups for run in g.runs for k, v in run.last("test").get("baselines", {}).items()}
+
+
+def results(groups: Sequence[tuple[str, Group]]) -> str:
+    """The table of configurations of one task, each with its colour, their runs, and the task's baselines."""
+    names = {score(run.best)[0] for _, g in groups for run in g.runs if run.best}
+    head = [Cell("Configuration"), Cell("Runs"), Cell(" ".join(["Test", *names]), "number")]
+    head += [Cell(name, "number") for name in ("Best validation", "Parameters", "Steps", "Minutes")] + [Cell("Device")]
+    rows = []
+    for colour, g in groups:
+        rows.append(("group", _group_row(g, colour)))
+        if len(g.runs) > 1:
+            rows += [("part", _run_row(run)) for run in g.runs]
+    for name, value in baselines([g for _, g in groups]).items():
+        cells = [Cell(name, "soft"), Cell("baseline", "soft"), Cell(f"{100 * value:.2f} %", "number soft")]
+        rows.append(("", cells + [Cell("")] * (len(head) - len(cells))))
+    return page.table(head, rows)
+
+
+def _group_row(g: Group, colour: str) -> list[Cell]:
+    done = [run for run in g.runs if run.status == "done"]
+    others = ", ".join(
+        f"{count} {status}"
+        for status in ("failed", "stopped", "unfinished")
+        if (count := sum(run.status == status for run in g.runs))
+    )
+    state = f"{len(done)} of {len(g.runs)} done" + (f", {others}" if others else "")
+    alone = g.runs[0] if len(g.runs) == 1 else None
+    name = f"{g.name}, seed {alone.config.seed}" if alone else g.name
+    return [
+        Cell(name, swatch=colour),
+        Cell(alone.status if alone else state, _look(g.runs)),
+        Cell(_mean([run.test for run in g.runs if run.test]), "number"),
+        Cell(_mean([run.best for run in g.runs if run.best]), "number"),
+        *_facts(g.runs),
+    ]
+
+
+def _run_row(run: Run) -> list[Cell]:
+    return [
+        Cell(f"seed {run.config.seed}"),
+        Cell(run.status, _look([run])),
+        Cell(metric(run.test)[1] if run.test else "–", "number"),
+        Cell(metric(run.best)[1] if run.best else "–", "number"),
+        *_facts([run]),
+    ]
+
+
+def _facts(runs: Sequence[Run]) -> list[Cell]:
+    """Parameters, steps, minutes and device; a mean of the minutes, and ranges where runs differ."""
+    start = [run.last("start") for run in runs]
+    steps = sorted({run.step for run in runs})
+    devices = dict.fromkeys(_device(line) for line in start)
+    return [
+        Cell(f"{start[0].get('parameters', 0):,}", "number soft"),
+        Cell("–".join(f"{step:,}" for step in (steps if len(steps) == 1 else (steps[0], steps[-1]))), "number soft"),
+        Cell(minutes(statistics.mean(run.seconds for run in runs)), "number soft"),
+        Cell(", ".join(devices), "soft fixed"),
+    ]
+
+
+def _device(start: dict[str, Any]) -> str:
+    count = start.get("processes", 1)
+    return (f"{count} x " if count > 1 else "") + str(start.get("device", "unknown"))
+
+
+def _look(runs: Sequence[Run]) -> str:
+    status = {run.status for run in runs}
+    return "fixed " + ("bad" if "failed" in status else "good" if status == {"done"} else "soft")
+
+
+def _mean(results: Sequence[dict[str, Any]]) -> str:
+    if not results:
+        return "–"
+    values, form = [score(result)[1] for result in results], score(results[0])[2]
+    shown = form.format(statistics.mean(values))
+    if len(values) == 1:
+        return shown
+    deviation = form.removesuffix(" %").format(statistics.stdev(values))
+    return f"{shown.removesuffix(' %')} ± {deviation}" + (" %" if shown.endswith("%") else "")
+
+
+def minutes(seconds: float) -> str:
+    """Seconds as minutes."""
+    return f"{seconds / 60:.1f}"
