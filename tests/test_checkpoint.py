@@ -11,7 +11,6 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from training_kit import make_run, make_task, run_tiny, start
 
 from chela.models import build, load_model
 from chela.training import checkpoint, journal
@@ -19,6 +18,7 @@ from chela.training.checkpoint import State, restore, save_checkpoint, steps, ve
 from chela.training.folder import RunFolder
 from chela.training.interrupt import Interrupt
 from chela.training.optim import make_optimizer
+from training_kit import make_run, make_task, run_tiny, start
 
 
 def tree(folder: Path) -> dict[str, str]:

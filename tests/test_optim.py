@@ -5,11 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from training_kit import make_run
 
 from chela.config import ModelConfig, OptimConfig
 from chela.models import build
 from chela.training.optim import make_optimizer, parameter_group, schedule, set_rate
+from training_kit import make_run
 
 TINY = ModelConfig(vocab=8, layers=1, d_model=4, d_ff=4, d_key=2, d_value=4, kernel_length=8, branches=(3,))
 

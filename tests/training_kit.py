@@ -27,7 +27,7 @@ CLASSES, VOCAB, LENGTH = 3, 12, 16
 
 @dataclass(frozen=True)
 class Words:
-    """Sequences of 6 to 16 tokens, right padded with 0; the class is the residue of the sum of all tokens of at most 3."""
+    """Sequences of 6 to 16 tokens, right padded with 0; the class is a residue of the sum of tokens of at most 3."""
 
     tokens: np.ndarray
     labels: np.ndarray

@@ -58,7 +58,8 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     if size() == 1:
         return model
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # gradients as views into DDP's buckets would lie elsewhere after a restart, and sums over them round otherwise
+    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=False)
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
