@@ -18,7 +18,7 @@ from chela.training.checkpoint import State, restore, save_checkpoint, steps, ve
 from chela.training.folder import RunFolder
 from chela.training.interrupt import Interrupt
 from chela.training.optim import make_optimizer
-from training_kit import make_run, make_task, run_tiny, start
+from training_kit import make_run, make_task, run_tiny, start  # pyrefly: ignore
 
 
 def tree(folder: Path) -> dict[str, str]:

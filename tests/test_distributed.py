@@ -13,8 +13,8 @@ import torch
 from chela.models.files import read_weights
 from chela.training import distributed
 from chela.training.checkpoint import steps
-from test_checkpoint import assert_same_run, curve
-from training_kit import make_run, run_tiny, start
+from test_checkpoint import assert_same_run, curve  # pyrefly: ignore
+from training_kit import make_run, run_tiny, start  # pyrefly: ignore
 
 pytestmark = pytest.mark.slow
 
@@ -140,7 +140,7 @@ from pathlib import Path
 from unittest.mock import patch
 from chela.models import build
 from chela.training import NonFinite, distributed, train
-from training_kit import make_run, make_task, tiny_task
+from training_kit import make_run, make_task, tiny_task  # pyrefly: ignore
 
 def poisoned(config):
     model = build(config)

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from beartype import beartype
 from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import jaxtyped
@@ -205,6 +204,17 @@ def test_precision_is_within_the_budget(dtype, causal):
     assert errors["out"] <= max(torch.finfo(dtype).eps, 1e-6)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reference_on_a_gpu_is_within_the_budget_and_deterministic(dtype, nan_memory):
+    inputs = linear_attention_inputs(2, 193, 3, 16, 24, state=True, decay=True, dtype=dtype, device="cuda")
+
+    def plain(q, k, v, state, decay):
+        return chunked(q, k, v, state.to(q.dtype), decay.to(q.dtype))
+
+    check_op(attend, plain, inputs)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_inputs_are_summed_in_float32(dtype):
     inputs = linear_attention_inputs(2, 100, 3, 5, 7, state=True, dtype=dtype)
@@ -294,6 +304,7 @@ def test_exports(causal):
 
 @pytest.mark.parametrize("form", [quadratic, recurrent, chunked])
 def test_annotated_shapes_hold(form):
+    beartype = pytest.importorskip("beartype").beartype
     inputs = linear_attention_inputs(2, 70, 3, 5, 7, decay=True, state=True)
     jaxtyped(form, typechecker=beartype)(**inputs)
     checked = jaxtyped(linear_attention, typechecker=beartype)

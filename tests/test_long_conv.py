@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from beartype import beartype
 from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import jaxtyped
@@ -242,6 +241,18 @@ def test_precision_is_within_the_budget(dtype, lags):
     assert errors["out"] <= torch.finfo(dtype).eps * (1 if dtype != torch.float32 else math.log2(600))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("lags", [9, 300, 2000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reference_on_a_gpu_is_within_the_budget_and_deterministic(dtype, lags, nan_memory):
+    inputs = long_conv_inputs(2, 1000, 40, lags, state=lags // 2, dtype=dtype, device="cuda")
+
+    def plain(x, kernel, state):
+        return by_definition(x, kernel.to(x.dtype), state=state)
+
+    check_op(convolve, plain, inputs)
+
+
 @pytest.mark.parametrize("lags", [9, 100])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_inputs_are_summed_in_float32(dtype, lags):
@@ -331,6 +342,7 @@ def test_exports():
 
 
 def test_annotated_shapes_hold():
+    beartype = pytest.importorskip("beartype").beartype
     x, kernel, reverse, state = long_conv_inputs(2, 40, 5, 30, reverse=20, state=8).values()
     jaxtyped(long_conv, typechecker=beartype)(x, kernel, state=state, return_state=True)
     jaxtyped(long_conv, typechecker=beartype)(x, kernel, reverse_kernel=reverse, causal=False)

@@ -9,7 +9,7 @@ from torch import nn
 from chela.config import ModelConfig, OptimConfig
 from chela.models import build
 from chela.training.optim import make_optimizer, parameter_group, schedule, set_rate
-from training_kit import make_run
+from training_kit import make_run  # pyrefly: ignore
 
 TINY = ModelConfig(vocab=8, layers=1, d_model=4, d_ff=4, d_key=2, d_value=4, kernel_length=8, branches=(3,))
 
@@ -94,7 +94,7 @@ def test_a_skipped_update_leaves_everything_bit_equal(tmp_path):
     def update(gradient: float, skip: float) -> None:
         for p in model.parameters():
             p.grad = torch.full_like(p, gradient)
-        optimizer.found_inf = torch.tensor(skip)
+        optimizer.found_inf = torch.tensor(skip)  # pyrefly: ignore
         optimizer.step()
 
     def everything() -> list[torch.Tensor]:

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from beartype import beartype
 from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import jaxtyped
@@ -195,6 +194,15 @@ def test_precision_is_within_the_budget_also_past_65536_tokens(length, dtype):
     assert errors["out"] <= torch.finfo(dtype).eps
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [1, 4, 31])
+def test_reference_on_a_gpu_is_within_the_budget_and_deterministic(width, nan_memory):
+    inputs = short_conv_inputs(2, 5000, 40, width, state=True, device="cuda")
+    check_op(
+        functools.partial(convolve, activation="silu"), functools.partial(by_definition, activation="silu"), inputs
+    )
+
+
 def test_autocast_does_not_narrow_the_sums():
     inputs = short_conv_inputs(2, 100, 5, 4)
     out, _ = short_conv(**inputs)
@@ -247,6 +255,7 @@ def test_exports():
 
 
 def test_annotated_shapes_hold():
+    beartype = pytest.importorskip("beartype").beartype
     x, weight, bias, state = short_conv_inputs(2, 20, 5, 4, state=True).values()
     jaxtyped(short_conv, typechecker=beartype)(x, weight, bias, state=state, return_state=True)
     jaxtyped(short_conv_step, typechecker=beartype)(x[:, 0], weight, bias, state=state)

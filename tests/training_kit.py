@@ -11,16 +11,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
 from rich.console import Console
 
-from chela.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from chela.config import RunConfig
 from chela.data import Batch, Task
-from chela.record import load_toml, save_toml
+from chela.record import from_dict, load_toml, save_toml
 from chela.training import Result, train
+from chela.training.metrics import Kind
 
 CLASSES, VOCAB, LENGTH = 3, 12, 16
 
@@ -69,7 +71,7 @@ def words(count: int, seed: int, kind: type[Words] = Words) -> Words:
     return kind(tokens, (tokens * (tokens <= 3)).sum(1) % CLASSES)
 
 
-def make_task(kind: str = "classifier", train_examples: int = 50) -> Task:
+def make_task(kind: Kind = "classifier", train_examples: int = 50) -> Task:
     splits = {"classifier": Words, "two-tower": Pairs, "causal-lm": Text}[kind]
     return Task(
         name="words",
@@ -88,40 +90,38 @@ def make_task(kind: str = "classifier", train_examples: int = 50) -> Task:
     )
 
 
-def make_run(out: Path, *, model: dict | None = None, optim: dict | None = None, **settings) -> RunConfig:
-    return RunConfig(
-        preset="tiny",
-        out=out,
-        model=ModelConfig(
-            **{
-                "vocab": VOCAB,
-                "classes": CLASSES,
-                "layers": 2,
-                "d_model": 8,
-                "d_ff": 8,
-                "d_key": 4,
-                "d_value": 8,
-                "kernel_length": LENGTH,
-                "branches": (3,),
-                "dropout": 0.1,
-                **(model or {}),
-            }
-        ),
-        data=DataConfig(task="words"),
-        optim=OptimConfig(**{"lr": 3e-3, "warmup": 3, **(optim or {})}),
-        train=TrainConfig(
-            **{
-                "steps": 12,
-                "batch_size": 8,
-                "eval_every": 4,
-                "save_every": 3,
-                "log_every": 2,
-                "chance_after": 0,
-                "device": "cpu",
-                **settings,
-            }
-        ),
-    )
+def make_run(out: Path, *, model: dict | None = None, optim: dict | None = None, **settings: Any) -> RunConfig:
+    """A tiny run; `settings` are those of TrainConfig."""
+    tiny = {
+        "vocab": VOCAB,
+        "classes": CLASSES,
+        "layers": 2,
+        "d_model": 8,
+        "d_ff": 8,
+        "d_key": 4,
+        "d_value": 8,
+        "kernel_length": LENGTH,
+        "branches": [3],
+        "dropout": 0.1,
+    }
+    short = {
+        "steps": 12,
+        "batch_size": 8,
+        "eval_every": 4,
+        "save_every": 3,
+        "log_every": 2,
+        "chance_after": 0,
+        "device": "cpu",
+    }
+    values = {
+        "preset": "tiny",
+        "out": out,
+        "model": tiny | (model or {}),
+        "data": {"task": "words"},
+        "optim": {"lr": 3e-3, "warmup": 3} | (optim or {}),
+        "train": short | settings,
+    }
+    return from_dict(RunConfig, values)
 
 
 @contextmanager

@@ -13,12 +13,11 @@ from chela.models import CausalLM, Classifier, TwoTowerClassifier, load_model
 from chela.presets import PRESETS, preset
 from chela.record import differences, load_toml, to_dict
 from chela.training import journal, metrics
+from chela.training.checkpoint import HARMLESS
 from chela.training.device import pick_device
 
-INCIDENTAL = frozenset(
-    ("seed", "out", "data.root", "train.keep", "train.log_every", "train.save_every", "train.time_limit")
-)
-"""Settings in which runs of one configuration may differ: they do not change what is learned, or are the seed."""
+INCIDENTAL = HARMLESS - {"preset"} | {"seed"}
+"""Settings in which runs of one configuration may differ: the seed, and what does not change what is learned."""
 
 
 @dataclass(frozen=True)
