@@ -165,6 +165,12 @@ def test_a_missing_gpu_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_token_out_of_range_is_refused(tmp_path):
+    run = make_run(tmp_path, model={"vocab": 5})
+    with pytest.raises(ValueError, match=r"token id \d+ is outside the model's vocabulary 0\.\.4"):
+        take_share(make_task(), run, 0)
+
+
 @pytest.mark.parametrize("wrong", [CLASSES, -1])
 def test_a_label_out_of_range_is_refused(tmp_path, wrong):
     task = make_task()

@@ -91,8 +91,10 @@ def load_toml(path: Path) -> RunConfig:
     """
     try:
         return from_dict(RunConfig, tomllib.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path} does not exist: is {path.parent} the folder of a run?") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: {error}") from None
 

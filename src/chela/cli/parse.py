@@ -13,6 +13,17 @@ import tyro
 
 from chela.record import nearest
 
+REWORDED = {
+    r"^Error parsing (?!-)\S+: ": "",
+    r"^Error parsing (--\S+): invalid literal for int\(\) .*: (.*)$": r"\1 wants a whole number: \2",
+    r"^Error parsing (--\S+): could not convert string to float: ": r"\1 wants a number: ",
+    r"^Missing from (.+?): (-?\S+) .*$": r"\2 is missing: `\1 --help` explains it",
+    r"^invalid choice (.*) for argument '(\S+)'\. Expected one of \((.*)\)\.$": r"\2 is one of \3; got \1",
+    r"^Missing value for argument '(\S+)'. Expected 1 values.": r"\1 wants a value",
+    r"^Missing value for argument '(\S+)'. Expected (\d+) values.": r"\1 wants \2 values",
+}
+"""tyro's words and ours."""
+
 
 def call(command: Callable[..., Any], words: Sequence[str], prog: str) -> Any:
     """Call `command` with the arguments that `words` spell.
@@ -77,18 +88,16 @@ def _explain(word: str, words: list[str], command: Callable[..., Any], prog: str
 
 
 def _message(box: str) -> str:
-    """The message inside a box of tyro's, without frame, title and pointers to the help."""
-    lines = []
-    for raw in box.splitlines():
-        line = raw.strip("│| ")
-        if set(line) <= set("─-") and lines:
-            break
-        if not raw.startswith(("╭", "+", "╰")):
+    """The message inside a box of tyro's (drawn with lines or plain), without title and pointers to the help."""
+    lines: list[str] = []
+    for raw in box.splitlines()[1:]:
+        line = raw.strip("│╰╯ ")
+        if set(line) <= set("─-"):
+            if lines:
+                break
+        else:
             lines.append(line)
     text = " ".join(lines)
-    text = re.sub(r"^Error parsing (?!-)\S+: ", "", text)
-    text = re.sub(
-        r"^Error parsing (--\S+): invalid literal for int\(\) .*: (.*)$", r"\1 wants a whole number: \2", text
-    )
-    text = re.sub(r"^Missing from (.+?): (-?\S+) .*$", r"\2 is missing: `\1 --help` explains it", text)
-    return re.sub(r"^Error parsing (--\S+): could not convert string to float: ", r"\1 wants a number: ", text)
+    for pattern, replacement in REWORDED.items():
+        text = re.sub(pattern, replacement, text)
+    return text

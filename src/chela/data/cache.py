@@ -26,7 +26,7 @@ def prepared(root: Path, name: str, key: dict[str, Any], make: Callable[[], Arra
         The arrays, memory-mapped read-only.
 
     Raises:
-        ValueError: the cache cannot be written.
+        ValueError: the cache cannot be written, or its files were damaged since.
     """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
     folder = root.expanduser() / "prepared" / f"{name}-{digest}"
@@ -40,7 +40,10 @@ def prepared(root: Path, name: str, key: dict[str, Any], make: Callable[[], Arra
                 f"cannot write prepared data to {folder.parent}: name a writable folder with --data.root"
             ) from None
         _write(folder, make())
-    return {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
+    try:
+        return {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"prepared data are damaged ({error}): delete {folder} and they are made again") from None
 
 
 def _write(folder: Path, arrays: Arrays) -> None:

@@ -1,5 +1,6 @@
-"""Weights on disk: safetensors with the model's settings in the header, written whole or not at all."""
+"""Weights on disk: safetensors with the model's settings and a checksum in the header, written whole or not at all."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -19,9 +20,10 @@ from chela.record import differences, from_dict, to_dict
 def save_model(model: Classifier | TwoTowerClassifier | CausalLM, path: Path) -> None:
     """Write weights and settings to `path`: aside first, then flushed and renamed, so a crash leaves the old file."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    header = {"model": json.dumps(to_dict(model.config), sort_keys=True), "sha256": digest(tensors)}
     aside = path.with_name(path.name + ".tmp")
     with aside.open("wb") as file:
-        file.write(save(tensors, metadata={"model": json.dumps(to_dict(model.config), sort_keys=True)}))
+        file.write(save(tensors, metadata=header))
         file.flush()
         os.fsync(file.fileno())
     aside.rename(path)
@@ -38,11 +40,11 @@ def load_model(
         device: where to put it.
 
     Raises:
-        ValueError: no such file, truncated or not a model of ours, or saved with settings other than `config`.
+        ValueError: no such file, truncated, edited or not a model of ours, or saved with settings other than `config`.
     """
-    settings, tensors = read_weights(path)
+    header, tensors = read_weights(path)
     try:
-        saved = from_dict(ModelConfig, json.loads(settings["model"]), "model.")
+        saved, recorded = from_dict(ModelConfig, json.loads(header["model"]), "model."), header["sha256"]
     except KeyError:
         raise ValueError(f"{path} carries no model settings: it was not written by chela") from None
     except (ValueError, TypeError) as error:
@@ -50,6 +52,8 @@ def load_model(
     if config is not None and config != saved:
         changed = "; ".join(differences(saved, config, "model."))
         raise ValueError(f"{path} was saved with other settings than its config says: {changed}")
+    if digest(tensors) != recorded:
+        raise ValueError(f"the weights in {path} are not those that were saved: the file was edited or damaged")
     model = build(saved)
     expected = model.state_dict()
     wrong = [
@@ -58,11 +62,18 @@ def load_model(
         if name not in tensors or name not in expected or tensors[name].shape != expected[name].shape
     ]
     if wrong:
-        raise ValueError(
-            f"{path} does not fit its settings: {sorted(wrong)[0]} is missing, unknown or misshapen"
-        )
+        raise ValueError(f"{path} does not fit its settings: {sorted(wrong)[0]} is missing, unknown or misshapen")
     model.load_state_dict(tensors)
     return model.to(device).eval()
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and numbers of tensors on the CPU, whatever their order."""
+    total = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        total.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        total.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 def read_weights(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

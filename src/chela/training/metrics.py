@@ -47,6 +47,19 @@ def check_labels(batch: Batch, classes: int) -> None:
         raise ValueError(f"the data have label {int(wrong[0])}, but the model's outputs are 0..{classes - 1}")
 
 
+def check_tokens(batch: Batch, vocab: int) -> None:
+    """Refuse tokens that the model has no embedding for, while `batch` is still on the CPU: a GPU would not say which.
+
+    Raises:
+        ValueError: a token id is not in 0..vocab-1.
+    """
+    for tokens in (batch.inputs, batch.second):
+        if tokens is not None and not tokens.is_floating_point():
+            wrong = tokens[(tokens < 0) | (tokens >= vocab)]
+            if wrong.numel():
+                raise ValueError(f"token id {int(wrong[0])} is outside the model's vocabulary 0..{vocab - 1}")
+
+
 def evaluate(
     model: nn.Module,
     split: Split,

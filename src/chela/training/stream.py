@@ -10,7 +10,7 @@ from torch import Tensor
 from chela.config import RunConfig
 from chela.data import Batch, Task, indices_at
 from chela.training import distributed
-from chela.training.metrics import check_labels, targets
+from chela.training.metrics import check_labels, check_tokens, targets
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,13 @@ def take_share(task: Task, run: RunConfig, step: int) -> Share:
     `train.accumulate` parts.
 
     Raises:
-        ValueError: a label out of range.
+        ValueError: a token or label out of range.
     """
     indices = indices_at(len(task.train), run.train.batch_size, step, run.seed)
     mine = indices.reshape(distributed.size(), run.train.accumulate, -1)[distributed.rank()]
     parts = [task.train.batch(part) for part in mine]
     for part in parts:
+        check_tokens(part, run.model.vocab)
         check_labels(part, run.model.vocab if run.model.kind == "causal-lm" else run.model.classes)
     return Share(parts, sum(map(targets, parts)), sum(map(_tokens, parts)))
 
