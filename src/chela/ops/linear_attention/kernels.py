@@ -1,0 +1,297 @@
+"""Triton kernels of linear attention: forward passes, sums of states, and one step of decoding.
+
+Shapes: T time, H heads, K key width, V value width; C rows of a chunk, BK >= K and BV the tiles' widths. A row is a
+sequence of the batch, or a document of a packed one, with one head. A split is a share of a row that one program
+walks through; a period is the distance, in tokens, of the states that are saved for the backward pass. Shares are
+whole periods and periods whole chunks, all counted from the row's own start, so that no tile ever meets two rows.
+
+Lengths and strides are never constants of a kernel: one compilation serves them all. `ALIGN` says that every stride
+is a multiple of it, which makes loads wide.
+"""
+
+import triton
+import triton.language as tl
+
+SIZES = ["length", "heads", "splits", "period", "slots"]
+STRIDES = [f"{tensor}_{axis}" for tensor in "qkvg" for axis in "bth"]
+
+
+def _jit(*strides: str):
+    """Compile a kernel once for all sizes and for the strides of the tensors named."""
+    return triton.jit(do_not_specialize=[*SIZES, *(name for name in STRIDES if name[0] in strides)])
+
+
+@triton.jit
+def row_span(cu_seqlens, n, length, PACKED: tl.constexpr):
+    """First token of sequence n, counted over the whole batch, and its number of tokens."""
+    if PACKED:
+        first = tl.load(cu_seqlens + n)
+        size = tl.load(cu_seqlens + n + 1) - first
+        first = first.to(tl.int64)
+    else:
+        first = n.to(tl.int64) * length
+        size = length
+    return first, size
+
+
+@triton.jit
+def split_span(size, split, splits, period):
+    """Tokens [begin, end) of a row that a split walks through; none when begin >= size."""
+    share = tl.cdiv(tl.cdiv(size, splits), period) * period
+    begin = split * share
+    return begin, tl.minimum(begin + share, size)
+
+
+@triton.jit
+def row_start(x, first, n, h, stride_b, stride_t, stride_h, PACKED: tl.constexpr):
+    """Pointer to x at the row's first token."""
+    if PACKED:
+        return x + first * stride_t + h.to(tl.int64) * stride_h
+    else:
+        return x + n.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
+
+
+@triton.jit
+def load_tile(x, t, end, stride, column, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr):
+    """x[t : t+C, column : column+BD], zero at and after token `end` and column D."""
+    rows = tl.arange(0, C)
+    columns = column + tl.arange(0, BD)
+    inside = (t + rows < end)[:, None]
+    if D % BD != 0:
+        inside = inside & (columns < D)[None, :]
+    start = x + tl.cast(t, tl.int64) * stride
+    return tl.load(start + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)  # [C, BD]
+
+
+@triton.jit
+def store_tile(x, value, t, end, stride, column, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr):
+    """x[t : t+C, column : column+BD] = value, up to token `end` and column D."""
+    rows = tl.arange(0, C)
+    columns = column + tl.arange(0, BD)
+    inside = (t + rows < end)[:, None]
+    if D % BD != 0:
+        inside = inside & (columns < D)[None, :]
+    start = x + tl.cast(t, tl.int64) * stride
+    tl.store(start + rows[:, None] * stride + columns[None, :], value.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def state_tile(column, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """Offsets and mask of a tile [BK, BV] in a state [K, V]."""
+    k = tl.arange(0, BK)[:, None]
+    v = column + tl.arange(0, BV)[None, :]
+    return k * V + v, (k < K) & (v < V)
+
+
+@triton.jit
+def power(log2_base, exponent):
+    """base^exponent for an exponent that counts tokens, at least 0."""
+    return tl.exp2(tl.maximum(exponent, 0).to(tl.float32) * log2_base)
+
+
+@_jit("q", "k", "v")
+def causal_forward(
+    q, k, v, out, start, saved, final, log2_decay, cu_seqlens,
+    scale, length, heads, splits, period, slots,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, ALIGN: tl.constexpr,
+    DECAYS: tl.constexpr, PACKED: tl.constexpr, STARTS: tl.constexpr, SAVES: tl.constexpr, ENDS: tl.constexpr,
+):  # fmt: skip
+    """out_t = scale (sum_{s <= t} g^(t-s) (q_t . k_s) v_s + g^(t+1) q_t S), S the state before the split."""
+    tiles: tl.constexpr = (V + BV - 1) // BV
+    program = tl.program_id(0)
+    column = (program % tiles) * BV
+    split = (program // tiles) % splits
+    row = program // (tiles * splits)
+    n = row // heads
+    h = row % heads
+    first, size = row_span(cu_seqlens, n, length, PACKED)
+    begin, end = split_span(size, split, splits, period)
+    if (split > 0) & (begin >= size):
+        return
+    q_t, k_t, v_t = tl.multiple_of(q_t, ALIGN), tl.multiple_of(k_t, ALIGN), tl.multiple_of(v_t, ALIGN)
+    q_row = row_start(q, first, n, h, tl.multiple_of(q_b, ALIGN), q_t, tl.multiple_of(q_h, ALIGN), PACKED)
+    k_row = row_start(k, first, n, h, tl.multiple_of(k_b, ALIGN), k_t, tl.multiple_of(k_h, ALIGN), PACKED)
+    v_row = row_start(v, first, n, h, tl.multiple_of(v_b, ALIGN), v_t, tl.multiple_of(v_h, ALIGN), PACKED)
+    out_row = out + (first * heads + h) * V
+    if PACKED:
+        slot = first // period + n
+    else:
+        slot = n.to(tl.int64) * slots
+    offsets, inside = state_tile(column, K, V, BK, BV)
+    state = tl.zeros([BK, BV], tl.float32)
+    if STARTS:
+        start_row = start + (row.to(tl.int64) * splits + split) * (K * V)
+        state += tl.load(start_row + offsets, mask=inside, other=0.0)
+    place = tl.arange(0, C)
+    lag = place[:, None] - place[None, :]
+    if DECAYS:
+        log2_g = tl.load(log2_decay + h)
+        weight = power(log2_g, lag)  # [C, C]
+        from_start = power(log2_g, place + 1)[:, None]  # [C, 1]
+    for t in range(begin, end, C):
+        if SAVES:
+            saved_row = saved + ((slot + t // period) * heads + h) * (K * V)
+            tl.store(saved_row + offsets, state.to(saved.dtype.element_ty), mask=inside & (t % period == 0))
+        q_c = load_tile(q_row, t, end, q_t, 0, K, BK, C)  # [C, BK]
+        k_c = load_tile(k_row, t, end, k_t, 0, K, BK, C)  # [C, BK]
+        v_c = load_tile(v_row, t, end, v_t, column, V, BV, C)  # [C, BV]
+        scores = tl.dot(q_c, tl.trans(k_c), input_precision="ieee")  # [C, C]
+        if DECAYS:
+            scores *= weight
+        scores = tl.where(lag >= 0, scores, 0.0).to(v_c.dtype)
+        acc = tl.dot(q_c, state.to(q_c.dtype), input_precision="ieee")  # [C, BV]
+        if DECAYS:
+            acc *= from_start
+            tokens = tl.minimum(end - t, C)
+            k_c = (k_c * power(log2_g, tokens - 1 - place)[:, None]).to(v_c.dtype)
+            state *= power(log2_g, tokens)
+        acc = tl.dot(scores, v_c, acc, input_precision="ieee")
+        state = tl.dot(tl.trans(k_c), v_c, state, input_precision="ieee")  # [BK, BV]
+        store_tile(out_row, acc * scale, t, end, heads * V, column, V, BV, C)
+    if ENDS:
+        if end == size:
+            tl.store(final + row.to(tl.int64) * (K * V) + offsets, state, mask=inside)
+
+
+@_jit("k", "v")
+def state_sums(
+    k, v, sums, log2_decay, cu_seqlens,
+    scale, length, heads, splits, period,
+    k_b, k_t, k_h, v_b, v_t, v_h,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, ALIGN: tl.constexpr,
+    DECAYS: tl.constexpr, PACKED: tl.constexpr, BACKWARD: tl.constexpr, ALL: tl.constexpr,
+):  # fmt: skip
+    """What each split adds: scale sum_s g^(end-1-s) k_s v_s^T to the state behind it, or, BACKWARD, with
+    g^(s-begin+1) to the gradient of the state before it. Without ALL, the split that no other one follows is left out.
+    """
+    tiles: tl.constexpr = (V + BV - 1) // BV
+    program = tl.program_id(0)
+    column = (program % tiles) * BV
+    split = (program // tiles) % splits
+    row = program // (tiles * splits)
+    n = row // heads
+    h = row % heads
+    if not ALL:
+        if BACKWARD:
+            if split == 0:
+                return
+        else:
+            if split == splits - 1:
+                return
+    first, size = row_span(cu_seqlens, n, length, PACKED)
+    begin, end = split_span(size, split, splits, period)
+    k_t, v_t = tl.multiple_of(k_t, ALIGN), tl.multiple_of(v_t, ALIGN)
+    k_row = row_start(k, first, n, h, tl.multiple_of(k_b, ALIGN), k_t, tl.multiple_of(k_h, ALIGN), PACKED)
+    v_row = row_start(v, first, n, h, tl.multiple_of(v_b, ALIGN), v_t, tl.multiple_of(v_h, ALIGN), PACKED)
+    place = tl.arange(0, C)
+    if DECAYS:
+        log2_g = tl.load(log2_decay + h)
+    state = tl.zeros([BK, BV], tl.float32)
+    for i in range(0, tl.cdiv(tl.maximum(end - begin, 0), C)):
+        if BACKWARD:
+            t = begin + (tl.cdiv(end - begin, C) - 1 - i) * C
+        else:
+            t = begin + i * C
+        k_c = load_tile(k_row, t, end, k_t, 0, K, BK, C)  # [C, BK]
+        v_c = load_tile(v_row, t, end, v_t, column, V, BV, C)  # [C, BV]
+        if DECAYS:
+            tokens = tl.minimum(end - t, C)
+            if BACKWARD:
+                lag = place + 1
+            else:
+                lag = tokens - 1 - place
+            k_c = (k_c * power(log2_g, lag)[:, None]).to(v_c.dtype)
+            state *= power(log2_g, tokens)
+        state = tl.dot(tl.trans(k_c), v_c, state, input_precision="ieee")  # [BK, BV]
+    offsets, inside = state_tile(column, K, V, BK, BV)
+    sums_row = sums + (row.to(tl.int64) * splits + split) * (K * V)
+    tl.store(sums_row + offsets, state * scale, mask=inside)
+
+
+@_jit()
+def scan_states(
+    sums, start, log2_decay, cu_seqlens, length, heads, splits, period,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    DECAYS: tl.constexpr, PACKED: tl.constexpr, STARTS: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """Turn what each split adds into the state before it (BACKWARD: the state's gradient behind it), in place."""
+    row = tl.program_id(0)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < SIZE
+    first, size = row_span(cu_seqlens, row // heads, length, PACKED)
+    state = tl.zeros([BLOCK], tl.float32)
+    if STARTS:
+        state += tl.load(start + row.to(tl.int64) * SIZE + place, mask=inside, other=0.0)
+    if DECAYS:
+        log2_g = tl.load(log2_decay + row % heads)
+    for i in range(0, splits):
+        if BACKWARD:
+            split = splits - 1 - i
+        else:
+            split = i
+        here = sums + (row.to(tl.int64) * splits + split) * SIZE + place
+        added = tl.load(here, mask=inside & (i < splits - 1), other=0.0)
+        tl.store(here, state, mask=inside)
+        if DECAYS:
+            begin, end = split_span(size, split, splits, period)
+            state *= power(log2_g, end - begin)
+        state += added
+
+
+@_jit("q")
+def times_state(
+    q, state, out, scale, length, heads, q_b, q_t, q_h,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, ALIGN: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """out_t = scale q_t S, with the same S [K, V] for all t; TRANSPOSED: S is stored [V, K]."""
+    tiles: tl.constexpr = (V + BV - 1) // BV
+    program = tl.program_id(0)
+    column = (program % tiles) * BV
+    row = program // tiles
+    n = row // heads
+    h = row % heads
+    t = tl.program_id(1) * C
+    q_t = tl.multiple_of(q_t, ALIGN)
+    q_row = row_start(q, 0, n, h, tl.multiple_of(q_b, ALIGN), q_t, tl.multiple_of(q_h, ALIGN), False)
+    state_row = state + row.to(tl.int64) * (K * V)
+    v = column + tl.arange(0, BV)[None, :]
+    acc = tl.zeros([C, BV], tl.float32)
+    for block in range(0, K, BK):
+        k = block + tl.arange(0, BK)[:, None]
+        q_c = load_tile(q_row, t, length, q_t, block, K, BK, C)  # [C, BK]
+        if TRANSPOSED:
+            offsets = v * K + k
+        else:
+            offsets = k * V + v
+        s_c = tl.load(state_row + offsets, mask=(k < K) & (v < V), other=0.0)  # [BK, BV]
+        acc = tl.dot(q_c, s_c.to(q_c.dtype), acc, input_precision="ieee")
+    out_row = out + (n.to(tl.int64) * length * heads + h) * V
+    store_tile(out_row, acc * scale, t, length, heads * V, column, V, BV, C)
+
+
+@_jit("q", "k", "v")
+def step(
+    q, k, v, state, out, after, log2_decay, scale, heads, q_b, q_h, k_b, k_h, v_b, v_h,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAYS: tl.constexpr,
+):  # fmt: skip
+    """S = g S + k v^T, out = scale q S, for one token; `after` may be `state` itself."""
+    tiles: tl.constexpr = (V + BV - 1) // BV
+    row = tl.program_id(0) // tiles
+    column = (tl.program_id(0) % tiles) * BV
+    n = (row // heads).to(tl.int64)
+    h = (row % heads).to(tl.int64)
+    offsets, inside = state_tile(column, K, V, BK, BV)
+    key = tl.arange(0, BK)
+    value = column + tl.arange(0, BV)
+    q_r = tl.load(q + n * q_b + h * q_h + key, mask=key < K, other=0.0).to(tl.float32)
+    k_r = tl.load(k + n * k_b + h * k_h + key, mask=key < K, other=0.0).to(tl.float32)
+    v_r = tl.load(v + n * v_b + h * v_h + value, mask=value < V, other=0.0).to(tl.float32)
+    s = tl.load(state + row.to(tl.int64) * (K * V) + offsets, mask=inside, other=0.0)  # [BK, BV]
+    if DECAYS:
+        s *= tl.exp2(tl.load(log2_decay + h))
+    s += k_r[:, None] * v_r[None, :]
+    o = tl.sum(q_r[:, None] * s, axis=0) * scale  # [BV]
+    tl.store(after + row.to(tl.int64) * (K * V) + offsets, s, mask=inside)
+    tl.store(out + row.to(tl.int64) * V + value, o.to(out.dtype.element_ty), mask=value < V)
