@@ -41,7 +41,8 @@ def short_conv(
         return_state: also return the last W-1 inputs, those of `state` included when T < W-1.
         cu_seqlens: int32 [N+1], ends of N documents packed along T with B = 1: starts at 0, never decreases, may
             repeat (empty documents), ends at T. A document's numbers never depend on its neighbours.
-        impl: "auto" or "reference"; there are no Triton kernels yet.
+        impl: "auto" (Triton on CUDA, the reference elsewhere), "triton" (W up to 32; no float64, no second
+            derivative) or "reference".
 
     Returns:
         Output [B, T, D] in x's dtype, and the state [B, W-1, D] (packed: [N, W-1, D]), or None.
@@ -59,18 +60,19 @@ def short_conv(
     if state is not None:
         rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         _check_state(state, rows, x, weight, "[B, W-1, D]" if cu_seqlens is None else "[N, W-1, D]")
-    resolve(impl, x.device, "short_conv")
+    options = {
+        "causal": causal,
+        "activation": activation,
+        "state": state,
+        "return_state": return_state,
+        "cu_seqlens": cu_seqlens,
+    }
+    if resolve(impl, x.device, "short_conv") == "triton":
+        from chela.ops.short_conv import fused
+
+        return fused.short_conv(x, weight, bias, **options)
     with no_autocast(x.device):
-        return reference.short_conv(
-            x,
-            weight,
-            bias,
-            causal=causal,
-            activation=activation,
-            state=state,
-            return_state=return_state,
-            cu_seqlens=cu_seqlens,
-        )
+        return reference.short_conv(x, weight, bias, **options)
 
 
 def short_conv_step(
@@ -102,7 +104,10 @@ def short_conv_step(
         raise ValueError(f"x must be [B, D]; got {list(x.shape)}")
     _check(x, weight, bias, activation)
     _check_state(state, x.shape[0], x, weight, "[B, W-1, D]")
-    resolve(impl, x.device, "short_conv")
+    if resolve(impl, x.device, "short_conv") == "triton":
+        from chela.ops.short_conv import fused
+
+        return fused.short_conv_step(x, weight, bias, state=state, activation=activation)
     with no_autocast(x.device):
         return reference.short_conv_step(x, weight, bias, state=state, activation=activation)
 
