@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -386,6 +387,18 @@ def test_our_own_mistakes_are_shown_whole_and_give_1(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1
     assert "ZeroDivisionError" in done.stderr
+
+
+def test_torch_starts_with_threads_that_sleep_while_they_wait(tmp_path):
+    script = """if True:
+        import os, sys
+        from chela import cli
+        cli.main(["--version"])
+        assert "torch" not in sys.modules
+        assert os.environ["OMP_WAIT_POLICY"] == sys.argv[1]"""
+    for given, expected in (({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")):
+        environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | given
+        assert subprocess.run([sys.executable, "-c", script, expected], env=environment, cwd=tmp_path).returncode == 0
 
 
 def test_interrupted_before_training_gives_130(monkeypatch):

@@ -15,6 +15,8 @@ from chela.cli.parse import call
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code; `words` default to the process's own."""
     words = sys.argv[1:] if words is None else list(words)
+    # Torch's threads spin while they wait for each other; beside other work that makes a step many times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported, which happens in a command
     try:
         code = _run(words)
         sys.stdout.flush()
