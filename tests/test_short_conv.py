@@ -284,7 +284,6 @@ PACKED: dict[str, Any] = {"x": GOOD["x"][:1], "state": None}
         ({"cu_seqlens": ENDS}, "cu_seqlens needs batch size 1"),
         (PACKED | {"cu_seqlens": ENDS, "state": GOOD["state"][:1]}, r"state must be \[N, W-1, D\] = \[2, 3, 5\]"),
         (PACKED | {"cu_seqlens": ENDS[1:]}, "cu_seqlens must go from 0 to T = 10"),
-        ({"impl": "triton"}, "short_conv has no Triton implementation"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(changes, message):

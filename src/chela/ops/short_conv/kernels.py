@@ -251,7 +251,7 @@ def backward(
             if SILU:
                 pre = _convolve(window, taps, bias, W)
                 gate = tl.sigmoid(pre)
-                g *= gate + pre * gate * (1 - gate)
+                g *= gate * (1 + pre * (1 - gate))
             own = (step >= RIGHT) & (step < chunk + RIGHT)  # the rows of g that no other stretch counts
             counted = tl.where(own, g, 0.0)
             new_sums = ()
