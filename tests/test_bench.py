@@ -13,7 +13,7 @@ from chela.evaluation.timing import measure
 
 CPU = torch.device("cpu")
 SMALL = {"B": 1, "T": 9, "H": 2, "K": 4, "V": 4, "D": 4, "W": 3, "L": 9}
-SHAPES = {
+SHAPES: dict[str, tuple[dict[str, int], ...]] = {
     suite.op: ({axis: SMALL[axis] for axis in suite.check},) for suites in SUITES.values() for suite in suites
 }  # every suite's axes, few of each
 
@@ -73,7 +73,7 @@ def test_nothing_is_timed_that_fails_its_check(tmp_path, console, monkeypatch):
 @pytest.mark.parametrize("op", ["linear-attention", "short-conv", "long-conv"])
 def test_peers_do_the_same_job_where_they_can(op):
     """Softmax attention is another function; the others must give our numbers in the layout they like."""
-    (suite,) = SUITES[op]
+    suite = SUITES[op][0]
     inputs = suite.make(suite.check, torch.float64, CPU)
     expected = suite.plain(**inputs)
     for contender in suite.contenders:
