@@ -180,7 +180,7 @@ def test_packed_documents_get_the_bits_they_get_alone(given_state, width, nan_me
     op = functools.partial(convolve, activation="silu")
     packed = values_and_gradients(functools.partial(op, cu_seqlens=ends(*BOUNDS)), inputs)
     assert packed["state"].shape == (7, width - 1, 24)
-    dout, dafter = draw(1, 60, 24, seed=1000, device=DEVICE), draw(7, width - 1, 24, seed=1001, device=DEVICE)
+    dy, dafter = draw(1, 60, 24, seed=1000, device=DEVICE), draw(7, width - 1, 24, seed=1001, device=DEVICE)
     shared = torch.zeros_like(inputs["weight"]), torch.zeros_like(inputs["bias"])
     for n, (start, stop) in enumerate(itertools.pairwise(BOUNDS)):
         leaves = [inputs["x"][:, start:stop], inputs["weight"], inputs["bias"]]
@@ -189,9 +189,7 @@ def test_packed_documents_get_the_bits_they_get_alone(given_state, width, nan_me
         out, after = op(*leaves[:3], state=leaves[3] if given_state else None)
         assert torch.equal(packed["out"][:, start:stop], out)
         assert torch.equal(packed["state"][n : n + 1], after)
-        dx, dweight, dbias, *dstate = torch.autograd.grad(
-            (out, after), leaves, (dout[:, start:stop], dafter[n : n + 1])
-        )
+        dx, dweight, dbias, *dstate = torch.autograd.grad((out, after), leaves, (dy[:, start:stop], dafter[n : n + 1]))
         assert torch.equal(packed["grad x"][:, start:stop], dx)
         if given_state:
             assert torch.equal(packed["grad state"][n : n + 1], dstate[0])
@@ -278,9 +276,9 @@ def test_ops_are_registered_as_torch_wants_them(causal, state):
     arguments = op_arguments(causal, state)
     torch.library.opcheck(forward_op, arguments)
     plain_arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments[:-1]]
-    dout = draw(2, 20, 5, seed=1, device=DEVICE)
+    dy = draw(2, 20, 5, seed=1, device=DEVICE)
     dstate = draw(2, 3, 5, seed=2, device=DEVICE) if causal else None
-    torch.library.opcheck(backward_op, (dout, dstate, *plain_arguments))
+    torch.library.opcheck(backward_op, (dy, dstate, *plain_arguments))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])

@@ -93,7 +93,7 @@ _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? state, Tensor? cu_seql
 torch.library.define("chela::short_conv", f"({_INPUTS}, bool return_state) -> (Tensor, Tensor)", tags=_TAG)
 torch.library.define(
     "chela::short_conv_backward",
-    f"(Tensor dout, Tensor? dstate_out, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor dy, Tensor? dstate_out, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=_TAG,
 )
 
@@ -143,7 +143,7 @@ def _forward(
 
 @torch.library.impl("chela::short_conv_backward", "default")
 def _backward(
-    dout: Tensor,
+    dy: Tensor,
     dstate_out: Tensor | None,
     x: Tensor,
     weight: Tensor,
@@ -154,11 +154,11 @@ def _backward(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients for x, weight, bias and state, the last two empty where those are None."""
-    results = _backward_shapes(dout, dstate_out, x, weight, bias, state, cu_seqlens, causal, silu)
+    results = _backward_shapes(dy, dstate_out, x, weight, bias, state, cu_seqlens, causal, silu)
     dx, dweight, dbias, dstate = results
     width, channels = weight.shape[1], x.shape[2]
     cut = _Cut(x, width, cu_seqlens, _of(BACKWARD, width))
-    rows, drows = _Rows(x), _Rows(dout)
+    rows, drows = _Rows(x), _Rows(dy)
     state = state if width > 1 else None
     dstate_out = dstate_out if width > 1 else None
     if not cut.sequences or not channels:
@@ -183,7 +183,7 @@ def _backward(
             W=width,
             RIGHT=0 if causal else width // 2,
             ALIGN=rows.align,
-            ALIGN_DOUT=drows.align,
+            ALIGN_DY=drows.align,
             SILU=silu,
             BIAS=bias is not None,
             STATE=state is not None,
@@ -223,7 +223,7 @@ def _forward_shapes(
 
 @torch.library.register_fake("chela::short_conv_backward")
 def _backward_shapes(
-    dout: Tensor,
+    dy: Tensor,
     dstate_out: Tensor | None,
     x: Tensor,
     weight: Tensor,
@@ -244,11 +244,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, dout: Tensor | None, dstate_out: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dy: Tensor | None, dstate_out: Tensor | None) -> tuple[Tensor | None, ...]:
     x, weight, bias, state, cu_seqlens = ctx.saved_tensors
-    dout = torch.zeros_like(x) if dout is None else dout
+    dy = torch.zeros_like(x) if dy is None else dy
     dx, dweight, dbias, dstate = torch.ops.chela.short_conv_backward.default(
-        dout, dstate_out if ctx.return_state else None, x, weight, bias, state, cu_seqlens, ctx.causal, ctx.silu
+        dy, dstate_out if ctx.return_state else None, x, weight, bias, state, cu_seqlens, ctx.causal, ctx.silu
     )
     dbias = None if bias is None else dbias
     dstate = None if state is None else dstate

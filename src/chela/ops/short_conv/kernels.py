@@ -6,7 +6,7 @@ neighbouring channels of one stretch, and the last W-1 rows stay in its register
 pre-activation is computed once, and no number crosses threads until the weight's gradient is summed.
 
     pre_t = bias + sum_j w_j x_{t + j - left}       out_t = act(pre_t)            left = W-1-RIGHT taps into the past
-    g_t = dout_t act'(pre_t)                        dw_j = sum_t g_t x_{t + j - left},  dbias = sum_t g_t
+    g_t = dy_t act'(pre_t)                        dw_j = sum_t g_t x_{t + j - left},  dbias = sum_t g_t
     dx_s = sum_j w_j g_{s + left - j}               for s < 0 these are the state's gradients
 
 A document is a batch row of its own length: kernels know positions from 0 to `length` of a "sequence", which is a
@@ -167,13 +167,13 @@ def forward(
 
 
 @triton.jit(
-    do_not_specialize=["n", "t", "stretches", "chunk", "halvings", "x_batch", "x_row", "dout_batch", "dout_row"],
+    do_not_specialize=["n", "t", "stretches", "chunk", "halvings", "x_batch", "x_row", "dy_batch", "dy_row"],
 )
 def backward(
     dx_ptr,  # [B, T, D]
     partial_ptr,  # [programs, W+1, D] float32: this program's share of dweight, then of dbias
     dstate_ptr,  # [N, W-1, D]
-    dout_ptr,  # [B, T, D], strides ALIGN_DOUT * (dout_batch, dout_row), 1
+    dy_ptr,  # [B, T, D], strides ALIGN_DY * (dy_batch, dy_row), 1
     dstate_out_ptr,  # [N, W-1, D]
     x_ptr,  # [B, T, D], strides ALIGN * (x_batch, x_row), 1
     weight_ptr,  # [D, W]
@@ -187,13 +187,13 @@ def backward(
     halvings,
     x_batch,
     x_row,
-    dout_batch,
-    dout_row,
+    dy_batch,
+    dy_row,
     D: tl.constexpr,
     W: tl.constexpr,
     RIGHT: tl.constexpr,
     ALIGN: tl.constexpr,
-    ALIGN_DOUT: tl.constexpr,
+    ALIGN_DY: tl.constexpr,
     SILU: tl.constexpr,
     BIAS: tl.constexpr,
     STATE: tl.constexpr,
@@ -229,25 +229,25 @@ def backward(
         sums = sums + (tl.zeros([SEG, BLOCK_D], tl.float32),)
 
     x_walk = x_tile + (first.to(tl.int64) * x_row * ALIGN)[:, None]
-    dout_offset = batch * dout_batch + (start + first - RIGHT) * dout_row
-    dout_walk = dout_ptr + (dout_offset * ALIGN_DOUT)[:, None] + d[None, :]
+    dy_offset = batch * dy_batch + (start + first - RIGHT) * dy_row
+    dy_walk = dy_ptr + (dy_offset * ALIGN_DY)[:, None] + d[None, :]
     dx_walk = dx_ptr + ((batch * t + start + first - (W - 1)) * D)[:, None] + d[None, :]
     surplus: tl.constexpr = (W - 1 + UNROLL - 1) // UNROLL * UNROLL
-    # Step i of the walk takes row i of x, row i - RIGHT of dout and gives row i - (W-1) of dx, counted from `first`.
+    # Step i of the walk takes row i of x, row i - RIGHT of dy and gives row i - (W-1) of dx, counted from `first`.
     for block in tl.range(0, chunk + surplus, UNROLL, num_stages=STAGES):
         rows = ()
-        douts = ()
+        dys = ()
         for u in tl.static_range(UNROLL):
             step = block + u
             there = (first + step < length)[:, None] & inside
             rows = rows + (tl.load(x_walk + step * x_row * ALIGN, mask=there, other=0.0),)
             at = first + (step - RIGHT)
             there = ((at >= 0) & (at < length))[:, None] & inside
-            douts = douts + (tl.load(dout_walk + step * dout_row * ALIGN_DOUT, mask=there, other=0.0),)
+            dys = dys + (tl.load(dy_walk + step * dy_row * ALIGN_DY, mask=there, other=0.0),)
         for u in tl.static_range(UNROLL):
             step = block + u
             window = window + (rows[u].to(tl.float32),)
-            g = douts[u].to(tl.float32)
+            g = dys[u].to(tl.float32)
             if SILU:
                 pre = _convolve(window, taps, bias, W)
                 gate = tl.sigmoid(pre)
