@@ -374,7 +374,7 @@ KERNEL = GOOD["kernel"]
         ({"cu_seqlens": ENDS}, "cu_seqlens needs batch size 1"),
         (PACKED | {"cu_seqlens": ENDS, "state": GOOD["state"][:1]}, r"state must be \[N, S, D\] = \[2, 4, 5\]"),
         (PACKED | {"cu_seqlens": ENDS[:2]}, "cu_seqlens must go from 0 to T = 10"),
-        ({"impl": "triton"}, "long_conv has no Triton implementation"),
+        ({"impl": "cuda"}, "impl must be one of auto, triton, reference"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(changes, message):

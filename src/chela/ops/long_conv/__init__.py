@@ -5,7 +5,7 @@ from torch import Tensor
 
 from chela.ops.checks import check_alike, check_causal_only, check_documents, check_shape
 from chela.ops.impl import Impl, resolve
-from chela.ops.long_conv import reference
+from chela.ops.long_conv import fused, reference
 from chela.ops.precision import no_autocast
 
 
@@ -39,7 +39,9 @@ def long_conv(
         return_state: also return the last min(S + T, L-1) inputs.
         cu_seqlens: int32 [N+1], ends of N documents packed along T with B = 1: starts at 0, never decreases, may
             repeat (empty documents), ends at T. A document's numbers never depend on its neighbours.
-        impl: "auto" or "reference"; there are no Triton kernels yet.
+        impl: "auto", "triton" or "reference". Triton takes 16-bit inputs whose outputs see up to a few thousand lags,
+            and packed ones, by Toeplitz tiles, with taps rounded to the input's dtype: then the past does not feel
+            the future by a bit. All else it takes by transforms (`chela.ops.long_conv.method`).
 
     Returns:
         Output [B, T, D] in x's dtype, and the state [B, min(S + T, L-1), D] (packed: [N, L-1, D], with zeros in
@@ -63,9 +65,9 @@ def long_conv(
         rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         _check_state(state, rows, x, kernel, "[B, S, D]" if cu_seqlens is None else "[N, S, D]")
     check_alike({"x": x}, {"kernel": kernel, "reverse_kernel": reverse_kernel})
-    resolve(impl, x.device, "long_conv")
+    implementation = fused if resolve(impl, x.device, "long_conv") == "triton" else reference
     with no_autocast(x.device):
-        return reference.long_conv(
+        return implementation.long_conv(
             x, kernel, reverse_kernel=reverse_kernel, state=state, return_state=return_state, cu_seqlens=cu_seqlens
         )
 

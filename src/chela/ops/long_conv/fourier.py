@@ -33,7 +33,8 @@ def good_size(n: int) -> int:
         n += 2
 
 
-def _points(history: Tensor, kernel: Tensor, reverse: Tensor, length: int) -> int:
+def points(history: Tensor, kernel: Tensor, reverse: Tensor, length: int) -> int:
+    """How many points a transform needs for a linear result; arguments as in `fft_conv`."""
     return good_size(max(history.shape[1], length + kernel.shape[1] - 1, length + reverse.shape[1]))
 
 
@@ -42,8 +43,8 @@ def _spectrum(x: Tensor, front: int, n: int) -> Tensor:
     return torch.fft.rfft(F.pad(x.to(wide_dtype(x.dtype)).mT, (front, n - front - x.shape[1])))
 
 
-def _kernel_spectrum(kernel: Tensor, reverse: Tensor, n: int, wide: torch.dtype) -> Tensor:
-    """[D, L], [D, L2] -> [D, n/2+1]."""
+def kernel_spectrum(kernel: Tensor, reverse: Tensor, n: int, wide: torch.dtype) -> Tensor:
+    """Both kernels on one circle of n points: [D, L], [D, L2] -> [D, n/2+1]."""
     gap = n - kernel.shape[1] - reverse.shape[1]
     return torch.fft.rfft(torch.cat([F.pad(kernel.to(wide), (0, gap)), reverse.to(wide).flip(1)], dim=1))
 
@@ -72,9 +73,9 @@ torch.library.define("chela::fft_conv_backward", f"(Tensor grad, {_INPUTS}) -> (
 
 @torch.library.impl("chela::fft_conv", "default")
 def _forward(history: Tensor, kernel: Tensor, reverse: Tensor, length: int) -> Tensor:
-    n, end = _points(history, kernel, reverse, length), history.shape[1]
+    n, end = points(history, kernel, reverse, length), history.shape[1]
     spectrum = _spectrum(history, 0, n)
-    spectrum *= _kernel_spectrum(kernel, reverse, n, wide_dtype(history.dtype))
+    spectrum *= kernel_spectrum(kernel, reverse, n, wide_dtype(history.dtype))
     out = history.new_empty(history.shape[0], length, history.shape[2])
     return out.copy_(torch.fft.irfft(spectrum, n)[..., end - length : end].mT)
 
@@ -84,13 +85,13 @@ def _backward(
     grad: Tensor, history: Tensor, kernel: Tensor, reverse: Tensor, length: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for history, kernel and reverse, given that of the output [B, T, D]."""
-    n, end = _points(history, kernel, reverse, length), history.shape[1]
+    n, end = points(history, kernel, reverse, length), history.shape[1]
     g = _spectrum(grad, end - length, n)
     h = _spectrum(history, 0, n).conj_physical_()
     on_circle = torch.fft.irfft(h.mul_(g).sum(0), n)  # [D, n]
     d_kernel = kernel.new_empty(kernel.shape).copy_(on_circle[:, : kernel.shape[1]])
     d_reverse = reverse.new_empty(reverse.shape).copy_(on_circle[:, n - reverse.shape[1] :].flip(1))
-    g *= _kernel_spectrum(kernel, reverse, n, wide_dtype(history.dtype)).conj()
+    g *= kernel_spectrum(kernel, reverse, n, wide_dtype(history.dtype)).conj()
     d_history = history.new_empty(history.shape).copy_(torch.fft.irfft(g, n)[..., :end].mT)
     return d_history, d_kernel, d_reverse
 

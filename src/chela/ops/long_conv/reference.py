@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from chela.ops.documents import each_document
 from chela.ops.long_conv.fourier import fft_conv
+from chela.ops.long_conv.history import with_history
 from chela.ops.precision import wide_dtype
 from chela.ops.short_conv import reference as short_conv
 
@@ -30,22 +30,15 @@ def long_conv(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Run the convolution; arguments as in `chela.ops.long_conv`, already checked."""
-    kept = kernel.shape[1] - 1
-
-    def run(x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        history = x if state is None else torch.cat([state, x], dim=1)
-        out = _convolve(history, kernel, reverse_kernel, x.shape[1])
-        return out, history[:, max(0, history.shape[1] - kept) :].clone() if return_state else history[:, :0]
-
-    def run_filled(x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        out, after = run(x, state)
-        return out, F.pad(after, (0, 0, kept - after.shape[1], 0))
-
-    if cu_seqlens is not None:
-        out, state = each_document(run_filled, (x,), cu_seqlens, state)
-    else:
-        out, state = run(x, state)
-    return out, state if return_state else None
+    return with_history(
+        _convolve,
+        x,
+        kernel,
+        reverse_kernel=reverse_kernel,
+        state=state,
+        return_state=return_state,
+        cu_seqlens=cu_seqlens,
+    )
 
 
 def long_conv_step(x: Tensor, kernel: Tensor, *, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,12 +73,8 @@ def grouped(
     return short_conv.grouped(padded, torch.cat([kernel.flip(1), reverse], dim=1), None)
 
 
-def _convolve(history: Tensor, kernel: Tensor, reverse: Tensor | None, length: int) -> Tensor:
-    """Cut the kernels to the lags that reach an input, and take the cheaper form."""
-    if length == 0:
-        return history[:, :0]
-    kernel = kernel[:, : history.shape[1]]
-    reverse = kernel[:, :0] if reverse is None else reverse[:, : length - 1]
+def _convolve(history: Tensor, kernel: Tensor, reverse: Tensor, length: int) -> Tensor:
+    """Take the cheaper form."""
     if kernel.shape[1] + reverse.shape[1] > FEW_LAGS:
         return fft_conv(history, kernel, reverse, length)
     wide = wide_dtype(history.dtype)
