@@ -19,7 +19,6 @@ help:  ## list the targets
 
 demo: $(VENV)/.runtime  ## train on handwritten digits on the CPU (minutes), evaluate, write a report
 	@$(BIN)/chela train digits
-	@$(BIN)/chela report runs/digits-seed0
 
 test: lint  ## lint, then every test (GPU tests where there is a GPU)
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=worksteal

@@ -47,7 +47,8 @@ def test_training_writes_the_run_and_prints_the_result_beside_the_baseline_and_t
     recorded = read_run(tmp_path / "run").test
     assert recorded is not None
     assert f"{100 * recorded['accuracy']:.2f} %" in out
-    assert "majority class" in out
+    assert re.search(r"^digits, seed 0 +done +\d+\.\d\d % ", out, re.MULTILINE), "the table of results"
+    assert re.search(r"^majority class +baseline +10\.03 %", out, re.MULTILINE)
     assert out.splitlines()[-1] == f"report: {tmp_path / 'run' / 'report.html'}"
     assert "\x1b" not in out, "no colours or cursor movements where there is no terminal"
 
@@ -114,7 +115,9 @@ def test_reports_land_in_the_folder_of_one_run_and_here_for_several(run, tmp_pat
     (run / "report.html").unlink()
     assert str(run / "report.html") in succeed("report", run)
     other = shutil.copytree(run, tmp_path / "other")
-    assert "report.html" in succeed("report", run, other)
+    out = succeed("report", run, other)
+    assert out.splitlines()[-1] == "report: report.html"
+    assert re.search(r"^digits +2 of 2 done +[\d.]+ ± 0\.00 %", out, re.MULTILINE)
     assert (tmp_path / "report.html").is_file()
     assert "p.html" in succeed("report", run, "--out", tmp_path / "p.html")
 

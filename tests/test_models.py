@@ -1,4 +1,6 @@
 import itertools
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -161,6 +163,18 @@ def test_save_and_load(config, merged, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
     for name, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value)
+
+
+def test_the_same_weights_give_the_same_file(tmp_path):
+    """Also from another process, where a hash map has another order."""
+    path = tmp_path / "model.safetensors"
+    save_model(make(SMALL), path)
+    script = "import sys; from pathlib import Path; from chela.models import load_model, save_model\n"
+    script += "save_model(load_model(Path(sys.argv[1])), Path(sys.argv[2]))"
+    for number in range(3):
+        again = tmp_path / f"{number}.safetensors"
+        subprocess.run([sys.executable, "-c", script, path, again], check=True)
+        assert again.read_bytes() == path.read_bytes()
 
 
 def test_load_refuses_what_it_cannot_trust(tmp_path):

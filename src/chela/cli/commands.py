@@ -52,6 +52,8 @@ def training(start: RunConfig) -> Callable[..., None]:
             train: The training loop.
         """
         from chela.evaluation.report import write_report
+        from chela.evaluation.results import show
+        from chela.evaluation.runs import read_run
         from chela.training import train as run_training
         from chela.training.distributed import is_main
 
@@ -59,6 +61,7 @@ def training(start: RunConfig) -> Callable[..., None]:
         run = replace(start, seed=seed, out=folder, model=model, data=data, optim=optim, train=train)
         run_training(run)
         if is_main():
+            show([read_run(run.folder)])
             print(f"report: {write_report([run.folder], run.folder / 'report.html')}")
 
     return train
@@ -168,8 +171,12 @@ def report(runs: RunPaths, out: Path | None = None) -> None:
         out: The page to write; report.html when left out, for a single run in its folder.
     """
     from chela.evaluation.report import write_report
+    from chela.evaluation.results import show
+    from chela.evaluation.runs import read_run
 
-    print(write_report(runs, out or (runs[0] if len(runs) == 1 else Path()) / "report.html"))
+    page = write_report(runs, out or (runs[0] if len(runs) == 1 else Path()) / "report.html")
+    show([read_run(run) for run in runs])
+    print(f"report: {page}")
 
 
 def doctor(root: Path = ROOT) -> None:

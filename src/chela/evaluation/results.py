@@ -4,9 +4,17 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from chela.evaluation import page
 from chela.evaluation.page import Cell
-from chela.evaluation.runs import Group, Run
+from chela.evaluation.runs import Group, Run, group
+
+NARROW = ("Configuration", "Runs", "Best validation", "Steps", "Minutes")
+"""Columns that stand beside the test's result in a terminal too."""
 
 
 def metric(result: dict[str, Any]) -> tuple[str, str]:
@@ -31,6 +39,31 @@ def baselines(groups: Sequence[Group]) -> dict[str, float]:
 
 def results(groups: Sequence[tuple[str, Group]]) -> str:
     """The table of configurations of one task, each with its colour, their runs, and the task's baselines."""
+    return page.table(*_table(groups))
+
+
+def show(runs: Sequence[Run], console: Console | None = None) -> None:
+    """Print the same table for every task of some runs."""
+    together: dict[str, list[tuple[str, Group]]] = {}
+    for g in group(runs):
+        together.setdefault(g.config.data.task, []).append(("", g))
+    for groups in together.values():
+        head, rows = _table(groups)
+        places = [place for place, cell in enumerate(head) if cell.text in NARROW or cell.text.startswith("Test")]
+        longest = max(len(word) for _, cells in rows for word in cells[0].text.split())
+        printed = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
+        for place in places:
+            first, right = place == 0, "number" in head[place].look
+            printed.add_column(
+                head[place].text, justify="right" if right else "left", no_wrap=not first, min_width=first * longest
+            )
+        for look, cells in rows:
+            printed.add_row(*(Text("  " * (look == "part" and not place) + cells[place].text) for place in places))
+        console = console or Console()
+        console.print(printed, "", width=None if console.is_terminal else 120, crop=False)
+
+
+def _table(groups: Sequence[tuple[str, Group]]) -> tuple[list[Cell], list[tuple[str, list[Cell]]]]:
     names = {score(run.best)[0] for _, g in groups for run in g.runs if run.best}
     head = [Cell("Configuration"), Cell("Runs"), Cell(" ".join(["Test", *names]), "number")]
     head += [Cell(name, "number") for name in ("Best validation", "Parameters", "Steps", "Minutes")] + [Cell("Device")]
@@ -42,7 +75,7 @@ def results(groups: Sequence[tuple[str, Group]]) -> str:
     for name, value in baselines([g for _, g in groups]).items():
         cells = [Cell(name, "soft"), Cell("baseline", "soft"), Cell(f"{100 * value:.2f} %", "number soft")]
         rows.append(("", cells + [Cell("")] * (len(head) - len(cells))))
-    return page.table(head, rows)
+    return head, rows
 
 
 def _group_row(g: Group, colour: str) -> list[Cell]:

@@ -20,10 +20,11 @@ from chela.record import differences, from_dict, to_dict
 def save_model(model: Classifier | TwoTowerClassifier | CausalLM, path: Path) -> None:
     """Write weights and settings to `path`: aside first, then flushed and renamed, so a crash leaves the old file."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    header = {"model": json.dumps(to_dict(model.config), sort_keys=True), "sha256": digest(tensors)}
+    header = json.dumps({"model": to_dict(model.config), "sha256": digest(tensors)}, sort_keys=True)
     aside = path.with_name(path.name + ".tmp")
     with aside.open("wb") as file:
-        file.write(save(tensors, metadata=header))
+        # one entry: the library writes several in random order, and equal weights must give equal files
+        file.write(save(tensors, metadata={"chela": header}))
         file.flush()
         os.fsync(file.fileno())
     aside.rename(path)
@@ -42,9 +43,10 @@ def load_model(
     Raises:
         ValueError: no such file, truncated, edited or not a model of ours, or saved with settings other than `config`.
     """
-    header, tensors = read_weights(path)
+    metadata, tensors = read_weights(path)
     try:
-        saved, recorded = from_dict(ModelConfig, json.loads(header["model"]), "model."), header["sha256"]
+        header = json.loads(metadata["chela"])
+        saved, recorded = from_dict(ModelConfig, header["model"], "model."), header["sha256"]
     except KeyError:
         raise ValueError(f"{path} carries no model settings: it was not written by chela") from None
     except (ValueError, TypeError) as error:
