@@ -44,6 +44,7 @@ def test_training_writes_the_run_and_prints_the_result_beside_the_baseline_and_t
     out = train_digits(tmp_path / "run")
     files = {path.name for path in (tmp_path / "run").iterdir()} - {".lock"}
     assert files == {"config.toml", "metrics.jsonl", "model.safetensors", "checkpoint", "report.html"}
+    assert "there is no published split" in (tmp_path / "run" / "report.html").read_text(), "what to know of the data"
     recorded = read_run(tmp_path / "run").test
     assert recorded is not None
     assert f"{100 * recorded['accuracy']:.2f} %" in out

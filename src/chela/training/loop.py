@@ -282,6 +282,7 @@ class Trainer:
             dtype=str(self.dtype).removeprefix("torch."),
             processes=distributed.size(),
             chance_loss=task.chance_loss,
+            note=task.note,
             **here,
         )
         self.display.say(
