@@ -16,11 +16,15 @@ def _jit(*sizes: str) -> Any:
     return triton.jit(do_not_specialize=[*sizes])
 
 
-@_jit("length", "batch", "width", "front", "limit")
+@_jit("length", "batch", "front", "limit")
 def to_blocks(
     x, out, length, batch, width, front, limit, xb, xt, xd, ob, oi, od, BLOCK: tl.constexpr, CHANNELS: tl.constexpr
 ):
-    """out[b, d, i M + k] = x[b, i M + k - front, d], zero where x has nothing: time goes to the last axis."""
+    """out[b, d, p] = x[b, p - front, d] for p < 16 limit, zero where x has nothing: time goes to the last axis.
+
+    The masks along the axis that lies in a row change only at multiples of 16 (or of what the compiler knows of the
+    number of channels), or loads and stores could not be wide.
+    """
     b, i = tl.program_id(0) % batch, tl.program_id(0) // batch
     place = i * BLOCK + tl.arange(0, BLOCK)
     t = place - front
@@ -28,22 +32,22 @@ def to_blocks(
     source = x + b.to(tl.int64) * xb + t.to(tl.int64)[:, None] * xt + d[None, :] * xd  # [BLOCK, CHANNELS]
     value = tl.load(source, mask=((t >= 0) & (t < length))[:, None] & (d < width)[None, :], other=0)
     target = out + b.to(tl.int64) * ob + i.to(tl.int64) * oi + d[None, :] * od + tl.arange(0, BLOCK)[:, None]
-    tl.store(target, value.to(out.dtype.element_ty), mask=(place < limit)[:, None] & (d < width)[None, :])
+    tl.store(target, value.to(out.dtype.element_ty), mask=(place < limit * 16)[:, None] & (d < width)[None, :])
 
 
-@_jit("length", "batch", "width", "front")
+@_jit("length", "batch", "front", "limit")
 def from_blocks(
-    blocks, out, length, batch, width, front, bb, bi, bd, ob, ot, BLOCK: tl.constexpr, CHANNELS: tl.constexpr
+    blocks, out, length, batch, width, front, limit, bb, bi, bd, ob, ot, BLOCK: tl.constexpr, CHANNELS: tl.constexpr
 ):
     """out[b, t, d] = blocks[b, d, t + front] at the times 0 <= t < length: channels go back to the last axis."""
     b, i = tl.program_id(0) % batch, tl.program_id(0) // batch
-    t = i * BLOCK + tl.arange(0, BLOCK) - front
+    place = i * BLOCK + tl.arange(0, BLOCK)
+    t = place - front
     d = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)).to(tl.int64)
-    keep = ((t >= 0) & (t < length))[:, None] & (d < width)[None, :]
     source = blocks + b.to(tl.int64) * bb + i.to(tl.int64) * bi + d[None, :] * bd + tl.arange(0, BLOCK)[:, None]
-    value = tl.load(source, mask=keep, other=0)  # [BLOCK, CHANNELS]
+    value = tl.load(source, mask=(place < limit * 16)[:, None] & (d < width)[None, :], other=0)  # [BLOCK, CHANNELS]
     target = out + b.to(tl.int64) * ob + t.to(tl.int64)[:, None] * ot + d[None, :]
-    tl.store(target, value.to(out.dtype.element_ty), mask=keep)
+    tl.store(target, value.to(out.dtype.element_ty), mask=((t >= 0) & (t < length))[:, None] & (d < width)[None, :])
 
 
 @_jit("lags", "ahead", "origin", "stretch", "kd", "rd", "rl")
@@ -105,23 +109,21 @@ def convolve_blocks(
         ahead = tl.load(after + c, mask=c < rows_out, other=0)
         begin = tl.maximum(begin, -tl.max(ahead, 0))
         end = tl.minimum(end, tl.max(back, 0) + 1)
-    x += d * rows_in * BLOCK
-    taps += d * 8 * stretch * BLOCK
+    # lag m M + j - k is read from the copy in which it is aligned: k rounded up to a multiple of 8 goes back from m M
+    upwards = ((k + 7) // 8) * 8
+    run = d * 8 * stretch * BLOCK + ((upwards - k) * stretch + origin) * BLOCK - upwards
+    taps += run[:, None] + j[None, :]  # [DEPTH, BLOCK]
+    x += d * rows_in * BLOCK + (c + shift).to(tl.int64)[:, None] * BLOCK + k[None, :]  # [ROWS, DEPTH]
     STEPS: tl.constexpr = BLOCK // DEPTH
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for n in range((end - begin) * STEPS):
         m = begin + n // STEPS
-        inside = (n - n // STEPS * STEPS) * DEPTH + k  # [DEPTH], of BLOCK
-        row = c + shift - m * batch
-        keep = (row >= 0) & (row < rows_in)
+        inside = (n - n // STEPS * STEPS) * DEPTH
+        keep = (c >= m * batch - shift) & (c < m * batch - shift + rows_in)
         if PACKED:
             keep &= (m <= back) & (m >= -ahead)
-        value = tl.load(
-            x + row.to(tl.int64)[:, None] * BLOCK + inside[None, :], mask=keep[:, None], other=0
-        )  # [ROWS, DEPTH]
-        upwards = ((inside + 7) // 8) * 8  # lag m M + j - inside, in the copy in which it is aligned
-        run = ((upwards - inside) * stretch + origin + m) * BLOCK - upwards
-        toeplitz = tl.load(taps + run[:, None] + j[None, :])  # [DEPTH, BLOCK]
+        value = tl.load(x - m.to(tl.int64) * batch * BLOCK + inside, mask=keep[:, None], other=0)
+        toeplitz = tl.load(taps + m * BLOCK - inside)
         total = tl.dot(value, toeplitz, total, input_precision="ieee")
     target = out + (d * rows_out + c)[:, None] * BLOCK + j[None, :]
     tl.store(target, total.to(out.dtype.element_ty), mask=(c < rows_out)[:, None])

@@ -26,7 +26,7 @@ class Tiles(NamedTuple):
 
     block: int = 128
     """M, times in a block."""
-    rows: int = 128
+    rows: int = 256
     """Rows of the output in a tile of the convolution."""
     depth: int = 64
     """Times summed in a step of its loop."""
@@ -34,7 +34,7 @@ class Tiles(NamedTuple):
     stages: int = 3
     gram_depth: int = 64
     """Rows summed in a step of the correlation's loop."""
-    gram_warps: int = 8
+    gram_warps: int = 4
     gram_stages: int = 3
     channels: int = 64
     """Channels in a tile of the passes that transpose."""
@@ -129,7 +129,7 @@ def _to_rows(x: Tensor, p: Plan, rows: int, front: int) -> Tensor:
         p.batch,
         p.channels,
         front,
-        rows // p.batch * m,
+        rows // p.batch * m // 16,
         *x.stride(),
         m,
         p.batch * m,
@@ -151,6 +151,7 @@ def _from_rows(rows: Tensor, out: Tensor, p: Plan, front: int) -> Tensor:
         p.batch,
         p.channels,
         front,
+        rows.shape[1] // p.batch * m // 16,
         m,
         p.batch * m,
         rows.shape[1] * m,
