@@ -47,9 +47,9 @@ def load_model(
     try:
         header = json.loads(metadata["chela"])
         saved, recorded = from_dict(ModelConfig, header["model"], "model."), header["sha256"]
-    except KeyError:
+    except (KeyError, TypeError):
         raise ValueError(f"{path} carries no model settings: it was not written by chela") from None
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: settings in the header: {error}") from None
     if config is not None and config != saved:
         changed = "; ".join(differences(saved, config, "model."))
