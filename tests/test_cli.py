@@ -159,7 +159,7 @@ def test_the_version():
 
 
 LINES = {
-    "trian digits": r"unknown command 'trian' \(did you mean 'train'\?\); commands: train, eval",
+    "trainn digits": r"unknown command 'trainn' \(did you mean 'train'\?\); commands: train, eval",
     "train": r"the preset comes first: chela train PRESET \[options\]; presets: digits, ",
     "train --seed 1": r"the preset comes first",
     "train lisotps": r"unknown preset 'lisotps' \(did you mean 'listops'\?\); presets: digits, ",
