@@ -1,4 +1,5 @@
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -30,8 +31,8 @@ def relative(actual, expected):
 
 
 def layer(causal=True, **changes):
-    arguments = {"kernel_length": 40, "d_key": 6, "d_value": 16, "short_width": 3, "branches": (3, 7)} | changes
-    return ChelaLayer(D, causal=causal, **arguments).double().eval()
+    arguments: dict[str, Any] = {"kernel_length": 40, "d_key": 6, "d_value": 16, "short_width": 3, "branches": (3, 7)}
+    return ChelaLayer(D, causal=causal, **(arguments | changes)).double().eval()
 
 
 def pad(x, lengths, side):
@@ -185,7 +186,7 @@ def test_kernels_of_any_length(length):
 def test_squash_and_tap_dropout_act_on_the_long_branch_alone():
     kernel = BranchedKernel(4, 64, causal=True, branches=(), squash=0.05, tap_dropout=0.5)
     kernel.eval()
-    raw = kernel.past[0].taps * kernel.scale[0].unsqueeze(1)
+    raw = kernel.past[0].taps * kernel.scale[0].unsqueeze(1)  # pyrefly: ignore
     squashed = kernel().forward
     assert ((raw.abs() <= 0.05 * kernel.scale[0].unsqueeze(1)) == (squashed == 0)).all()
     kernel.train()
@@ -217,9 +218,9 @@ def test_causal_layers_ignore_the_future():
 @pytest.mark.parametrize(
     ("make", "part"),
     [
-        (lambda: make_norm("group", D), "norm must be one of"),
+        (lambda: make_norm("group", D), "norm must be one of"),  # pyrefly: ignore
         (lambda: GatedLinearAttention(D, d_value=10, heads=3), "not a multiple"),
-        (lambda: GatedLinearAttention(D, norm="max"), "norm must be"),
+        (lambda: GatedLinearAttention(D, norm="max"), "norm must be"),  # pyrefly: ignore
         (lambda: GatedLinearAttention(D, causal=False, decay=True), "decay needs causal"),
         (lambda: layer()(torch.zeros(1, 4, D).double(), mask=torch.ones(1, 4).bool(), state=_state()), "exclude"),
     ],

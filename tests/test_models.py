@@ -2,6 +2,7 @@ import itertools
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ SMALL = ModelConfig(
 LM = replace(SMALL, kind="causal-lm", causal=True, pooling="mean")
 
 
-def make(config):
+def make(config) -> Any:
     torch.manual_seed(1)
     return build(config).eval()
 

@@ -24,7 +24,9 @@ def make_norm(kind: NormKind, d_model: int) -> nn.Module:
 class LayerNorm(nn.LayerNorm):
     """Layer norm (Ba et al. 2016) per position; padding has no influence."""
 
-    def forward(self, x: Float[Tensor, "b t d"], mask: Bool[Tensor, "b t"] | None = None) -> Float[Tensor, "b t d"]:
+    def forward(  # pyrefly: ignore
+        self, x: Float[Tensor, "b t d"], mask: Bool[Tensor, "b t"] | None = None
+    ) -> Float[Tensor, "b t d"]:
         """Normalise each position over D."""
         return super().forward(x)
 
@@ -58,7 +60,9 @@ class BatchNorm(nn.BatchNorm1d):
     Under data parallelism the statistics are those of each process's own slice.
     """
 
-    def forward(self, x: Float[Tensor, "b t d"], mask: Bool[Tensor, "b t"] | None = None) -> Float[Tensor, "b t d"]:
+    def forward(  # pyrefly: ignore
+        self, x: Float[Tensor, "b t d"], mask: Bool[Tensor, "b t"] | None = None
+    ) -> Float[Tensor, "b t d"]:
         """Normalise each channel over B and T."""
         if mask is None or not self.training:
             return super().forward(x.flatten(0, 1)).view_as(x)

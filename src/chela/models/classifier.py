@@ -50,7 +50,7 @@ class Classifier(nn.Module):
         self.config = config
         self.backbone = Backbone(config)
         self.pooling = Pooling(config.pooling, config.d_model)
-        self.head = nn.Linear(config.d_model, config.classes)
+        self.head: nn.Module = nn.Linear(config.d_model, config.classes)
 
     def features(self, inputs: Tensor, mask: Bool[Tensor, "b t"] | None, impl: Impl) -> Float[Tensor, "b d"]:
         """Pooled vectors [B, D] of a batch of sequences.
