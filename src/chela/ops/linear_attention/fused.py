@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chela.ops.linear_attention import kernels, kernels_backward
-from chela.ops.linear_attention.plan import MAX_KEY, Plan, backward_plan, forward_plan, tile
+from chela.ops.linear_attention import kernels, kernels_backward, kernels_one_walk
+from chela.ops.linear_attention.plan import MAX_KEY, BackwardPlan, Plan, backward_plan, forward_plan, tile
 
 
 def linear_attention(
@@ -33,6 +33,8 @@ def linear_attention(
     _check_limits(q)
     if not causal:
         return torch.ops.chela.linear_attention_bidirectional.default(q, k, v, scale)[0], None
+    if scale == 0:  # nothing reaches the output, and the kernels divide by it
+        q, scale = q * 0, 1.0
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, decay, state))
     out, final, _ = torch.ops.chela.linear_attention_causal.default(
         q, k, v, decay, state, cu_seqlens, scale, return_state, wanted
@@ -81,13 +83,14 @@ def _rows(q: Tensor, cu_seqlens: Tensor | None) -> int:
 
 
 def _inputs(*tensors: Tensor) -> tuple[list[Tensor], list[int], int]:
-    """Tensors whose last axis is dense, their strides over batch, time and head, and what all these are multiples of.
+    """Tensors whose last axis is dense, their strides over the other axes in units of some entries, and the unit.
 
     8 entries are the 16 bytes of the widest load, in the narrowest dtype.
     """
     dense = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
     strides = [x.stride(axis) for x in dense for axis in range(x.dim() - 1)]
-    return dense, strides, 8 if all(stride % 8 == 0 for stride in strides) else 1
+    unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
+    return dense, [stride // unit for stride in strides], unit
 
 
 def _log2(decay: Tensor | None) -> Tensor | None:
@@ -95,17 +98,18 @@ def _log2(decay: Tensor | None) -> Tensor | None:
 
 
 def _summed_states(
-    k: Tensor, v: Tensor, plan: Plan, log2_decay: Tensor | None, cu_seqlens: Tensor | None, scale: float, **kind: bool
+    k: Tensor, v: Tensor, plan: Plan, log2_decay: Tensor | None, cu_seqlens: Tensor | None, **kind: bool
 ) -> Tensor:
-    """What each split adds [rows, H, splits, K, V], in float32."""
+    """What each split of `plan` adds [rows, H, splits, K, V], in float32."""
     (k, v), strides, align = _inputs(k, v)
     rows, length, heads, key, value = _rows(k, cu_seqlens), *k.shape[1:], v.shape[3]
     sums = k.new_empty(rows, heads, plan.splits, key, value, dtype=torch.float32)
-    kernels.state_sums[(rows * heads * plan.splits * plan.tiles(value),)](
-        k, v, sums, log2_decay, cu_seqlens, scale, length, heads, plan.splits, plan.period, *strides,
-        K=key, V=value, BK=plan.key_tile, BV=plan.value_tile, C=plan.chunk, ALIGN=align,
+    tiles = forward_plan(rows * heads, length, key, value, k.dtype, k.device)
+    kernels.state_sums[(rows * heads * plan.splits * tiles.programs(value),)](
+        k, v, sums, log2_decay, cu_seqlens, length, heads, plan.splits, plan.unit, *strides,
+        K=key, V=value, BK=tiles.key_tile, BV=tiles.value_tile, C=tiles.chunk, ALIGN=align,
         DECAYS=log2_decay is not None, PACKED=cu_seqlens is not None, **kind,
-        num_warps=plan.warps, num_stages=plan.stages,
+        num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return sums
 
@@ -117,29 +121,27 @@ def _split_starts(
     plan: Plan,
     log2_decay: Tensor | None,
     cu_seqlens: Tensor | None,
-    scale: float,
     *,
     backward: bool,
 ) -> Tensor | None:
     """The state each split starts from [rows, H, splits, K, V]: before it, or behind it in the backward pass."""
     if plan.splits == 1:
         return start
-    sums = _summed_states(k, v, plan, log2_decay, cu_seqlens, scale, BACKWARD=backward, ALL=False)
+    sums = _summed_states(k, v, plan, log2_decay, cu_seqlens, BACKWARD=backward, ALL=False)
     rows, heads, _, key, value = sums.shape
     block = 512
     kernels.scan_states[(rows * heads, -(-key * value // block))](
-        sums, start, log2_decay, cu_seqlens, k.shape[1], heads, plan.splits, plan.period,
+        sums, start, log2_decay, cu_seqlens, k.shape[1], heads, plan.splits, plan.unit,
         SIZE=key * value, BLOCK=block, DECAYS=log2_decay is not None, PACKED=cu_seqlens is not None,
         STARTS=start is not None, BACKWARD=backward,
     )  # fmt: skip
     return sums
 
 
-def _slots(q: Tensor, plan: Plan, cu_seqlens: Tensor | None) -> int:
-    """States saved along all rows; of packed documents at most one more for each than all tokens need."""
-    if cu_seqlens is None:
-        return q.shape[0] * plan.slots(q.shape[1])
-    return q.shape[1] // plan.period + cu_seqlens.shape[0] - 1
+def _plans(q: Tensor, v: Tensor, decay: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Plan, BackwardPlan]:
+    """Sizes of both passes: the forward pass saves states where the backward pass wants them."""
+    shape = (_rows(q, cu_seqlens) * q.shape[2], q.shape[1], q.shape[3], v.shape[3], q.dtype, q.device)
+    return forward_plan(*shape), backward_plan(*shape, decays=decay is not None)
 
 
 @torch.library.impl("chela::linear_attention_causal", "default")
@@ -154,21 +156,21 @@ def _causal(
     ends: bool,
     saves: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, the state after each row, and the states that the backward pass starts its periods from."""
+    """Output, the state after each row, and the states that the backward pass starts from."""
     out, final, saved = _causal_shapes(q, k, v, decay, state, cu_seqlens, scale, ends, saves)
     rows, length, heads, key, value = _rows(q, cu_seqlens), *q.shape[1:], v.shape[3]
     if rows * heads == 0:
         return out, final, saved
-    plan, log2_decay = forward_plan(rows * heads, length, key, value, q.dtype, q.device), _log2(decay)
+    (plan, back), log2_decay = _plans(q, v, decay, cu_seqlens), _log2(decay)
     state = None if state is None else state.contiguous()
-    start = _split_starts(k, v, state, plan, log2_decay, cu_seqlens, 1.0, backward=False)
+    start = _split_starts(k, v, state, plan, log2_decay, cu_seqlens, backward=False)
     (q, k, v), strides, align = _inputs(q, k, v)
-    kernels.causal_forward[(rows * heads * plan.splits * plan.tiles(value),)](
+    kernels.causal_forward[(rows * heads * plan.splits * plan.programs(value),)](
         q, k, v, out, start, saved, final, log2_decay, cu_seqlens,
-        scale, length, heads, plan.splits, plan.period, plan.slots(length), *strides,
+        scale, length, heads, plan.splits, plan.unit, back.period, back.slots(length), *strides,
         K=key, V=value, BK=plan.key_tile, BV=plan.value_tile, C=plan.chunk, ALIGN=align,
-        DECAYS=decay is not None, PACKED=cu_seqlens is not None, STARTS=start is not None, SAVES=saves, ENDS=ends,
-        num_warps=plan.warps, num_stages=plan.stages,
+        DECAYS=decay is not None, PACKED=cu_seqlens is not None, STARTS=start is not None,
+        SAVES=saves and back.saves, ENDS=ends, num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
     return out, final, saved
 
@@ -185,12 +187,12 @@ def _causal_shapes(
     ends: bool,
     saves: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, heads, key, value = _rows(q, cu_seqlens), q.shape[2], q.shape[3], v.shape[3]
+    rows, length, heads, key, value = _rows(q, cu_seqlens), *q.shape[1:], v.shape[3]
     final = q.new_empty((rows, heads, key, value) if ends else 0, dtype=torch.float32)
-    plan = forward_plan(rows * heads, q.shape[1], key, value, q.dtype, q.device)
-    slots = _slots(q, plan, cu_seqlens)
-    kept = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32  # float16 could overflow
-    saved = q.new_empty((slots, heads, key, value) if saves else 0, dtype=kept)
+    back = _plans(q, v, decay, cu_seqlens)[1]
+    # Packed documents need at most one state more each than all tokens in a row would.
+    slots = rows * back.slots(length) if cu_seqlens is None else length // back.period + rows
+    saved = q.new_empty((slots, heads, key, value) if saves and back.saves else 0, dtype=torch.float32)
     return v.new_empty(v.shape), final, saved
 
 
@@ -214,24 +216,40 @@ def _causal_backward(
     rows, length, heads, key, value = _rows(q, cu_seqlens), *q.shape[1:], v.shape[3]
     if rows * heads == 0:
         return dq, dk, dv, d_decay.zero_(), d_state
+    plan, log2_decay = _plans(q, v, decay, cu_seqlens)[1], _log2(decay)
     grad = torch.zeros_like(v) if grad is None else grad
-    plan, log2_decay = backward_plan(rows * heads, length, key, value, q.dtype, q.device), _log2(decay)
-    end_grad = None if end_grad is None else end_grad.contiguous()
-    ends = _split_starts(q, grad, end_grad, plan, log2_decay, cu_seqlens, scale, backward=True)
-    tiles = plan.tiles(value)
-    programs = rows * heads * plan.splits * tiles
-    # Each tile of V gives a part of dq and dk; one tile gives them whole.
-    parts = [x if tiles == 1 else x.new_empty(tiles, *x.shape, dtype=torch.float32) for x in (dq, dk)]
+    # The kernels carry the state's gradient over `scale`, so that all they write is scaled alike.
+    over_scale = None if end_grad is None else (end_grad / scale).contiguous()
+    ends = _split_starts(q, grad, over_scale, plan, log2_decay, cu_seqlens, backward=True)
+    groups = plan.programs(value)
+    programs = rows * heads * plan.splits * groups
+    # Each group of columns of V gives a part of dq and dk; a single one gives them whole.
+    parts = [x if groups == 1 else x.new_empty(groups, *x.shape, dtype=torch.float32) for x in (dq, dk)]
     d_logs = q.new_zeros(programs if decay is not None else 0, dtype=torch.float32)
     (q, k, v, grad), strides, align = _inputs(q, k, v, grad)
-    kernels_backward.causal_backward[(programs,)](
-        q, k, v, grad, *parts, dv, ends, saved, d_state, d_logs, log2_decay, cu_seqlens,
-        scale, length, heads, plan.splits, plan.period, plan.slots(length), q.shape[0] * length, *strides,
-        K=key, V=value, BK=plan.key_tile, BV=plan.value_tile, C=plan.chunk, ALIGN=align,
-        DECAYS=decay is not None, PACKED=cu_seqlens is not None, STARTS=state is not None, ENDS=ends is not None,
-        num_warps=plan.warps, num_stages=plan.stages,
+    cut = (length, heads, plan.splits, plan.unit)
+    saving = (plan.period, plan.slots(length))
+    options = {
+        "K": key, "V": value, "BK": plan.key_tile, "BV": plan.value_tile, "C": plan.chunk, "ALIGN": align,
+        "PACKED": cu_seqlens is not None, "STARTS": state is not None, "ENDS": ends is not None,
+        "num_warps": plan.warps, "num_stages": plan.stages,
+    }  # fmt: skip
+    if plan.one_walk:
+        kernels_one_walk.all_gradients[(programs,)](
+            q, k, v, grad, dq, dk, dv, ends, saved, d_state, cu_seqlens, scale, *cut, *saving, *strides, **options
+        )
+        return dq, dk, dv, d_decay, d_state
+    options |= {"BLOCKS": plan.blocks, "DECAYS": decay is not None}
+    tokens = q.shape[0] * length
+    state = None if state is None else state.contiguous()
+    kernels_backward.key_value_gradients[(programs,)](
+        q, k, v, grad, parts[1], dv, ends, d_state, log2_decay, cu_seqlens, scale, *cut, tokens, *strides, **options
+    )
+    kernels_backward.query_gradients[(programs,)](
+        q, k, v, grad, parts[0], state, ends, saved, d_logs, log2_decay, cu_seqlens,
+        scale, *cut, *saving, tokens, *strides, **options,
     )  # fmt: skip
-    if tiles > 1:
+    if groups > 1:
         dq, dk = (part.sum(0).to(q.dtype) for part in parts)
     if decay is not None:
         d_decay = (d_logs.view(rows, heads, -1).sum((0, 2)) / decay).to(decay.dtype)
@@ -276,7 +294,7 @@ def _differentiate_causal(ctx: Any, grad: Tensor | None, end_grad: Tensor | None
 @torch.library.impl("chela::linear_attention_bidirectional", "default")
 def _bidirectional(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Output and the sum of all k v^T [B, H, K, V]."""
-    return _applied(q, total := _total(k, v, 1.0), scale, v.shape[3]), total
+    return _applied(q, total := _total(k, v), scale, v.shape[3]), total
 
 
 @torch.library.register_fake("chela::linear_attention_bidirectional")
@@ -290,11 +308,11 @@ def _bidirectional_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, total: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
-    d_total = _total(q, grad, scale)
+    over_scale = _total(q, grad)
     return (
         _applied(grad, total, scale, q.shape[3], transposed=True),
-        _applied(v, d_total, 1.0, k.shape[3], transposed=True),
-        _applied(k, d_total, 1.0, v.shape[3]),
+        _applied(v, over_scale, scale, k.shape[3], transposed=True),
+        _applied(k, over_scale, scale, v.shape[3]),
     )
 
 
@@ -305,17 +323,17 @@ def _bidirectional_backward_shapes(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _total(k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """scale * sum over all tokens of k v^T [B, H, K, V]."""
+def _total(k: Tensor, v: Tensor) -> Tensor:
+    """The sum over all tokens of k v^T [B, H, K, V]."""
     batch, length, heads, key = k.shape
     plan = forward_plan(batch * heads, length, key, v.shape[3], k.dtype, k.device)
     if not k.numel() or not v.numel():
         return k.new_zeros(batch, heads, key, v.shape[3], dtype=torch.float32)
-    return _summed_states(k, v, plan, None, None, scale, BACKWARD=False, ALL=True).sum(2)
+    return _summed_states(k, v, plan, None, None, BACKWARD=False, ALL=True).sum(2)
 
 
 def _applied(q: Tensor, state: Tensor, scale: float, width: int, *, transposed: bool = False) -> Tensor:
-    """scale * q S [B, T, H, width], with S or its transpose."""
+    """The products scale * q S [B, T, H, width], with S or its transpose."""
     batch, length, heads, key = q.shape
     out = q.new_empty(batch, length, heads, width)
     if not out.numel():
@@ -353,12 +371,12 @@ def _launch_step(
     rows, heads, key, value = state.shape
     if not rows * heads:
         return
-    (q, k, v), strides, _ = _inputs(q, k, v)
+    (q, k, v), strides, align = _inputs(q, k, v)
     key_tile = tile(key, MAX_KEY)
     value_tile = tile(value, max(16, 4096 // key_tile))
     kernels.step[(rows * heads * -(-value // value_tile),)](
         q, k, v, state, out, after, _log2(decay), scale, heads, *strides,
-        K=key, V=value, BK=key_tile, BV=value_tile, DECAYS=decay is not None, num_warps=4,
+        K=key, V=value, BK=key_tile, BV=value_tile, ALIGN=align, DECAYS=decay is not None, num_warps=4,
     )  # fmt: skip
 
 

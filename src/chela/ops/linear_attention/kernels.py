@@ -2,17 +2,17 @@
 
 Shapes: T time, H heads, K key width, V value width; C rows of a chunk, BK >= K and BV the tiles' widths. A row is a
 sequence of the batch, or a document of a packed one, with one head. A split is a share of a row that one program
-walks through; a period is the distance, in tokens, of the states that are saved for the backward pass. Shares are
-whole periods and periods whole chunks, all counted from the row's own start, so that no tile ever meets two rows.
+walks through: whole `unit`s of tokens, counted from the row's own start, so that no tile ever meets two rows. A period
+is the distance, in tokens, of the states that are saved for the backward pass.
 
-Lengths and strides are never constants of a kernel: one compilation serves them all. `ALIGN` says that every stride
-is a multiple of it, which makes loads wide.
+Lengths and strides are never constants of a kernel: one compilation serves them all. Strides come in units of
+`ALIGN` entries, from which the compiler sees that loads may be wide.
 """
 
 import triton
 import triton.language as tl
 
-SIZES = ["length", "heads", "splits", "period", "slots"]
+SIZES = ["length", "heads", "splits", "unit", "period", "slots"]
 STRIDES = [f"{tensor}_{axis}" for tensor in "qkvg" for axis in "bth"]
 
 
@@ -35,20 +35,21 @@ def row_span(cu_seqlens, n, length, PACKED: tl.constexpr):
 
 
 @triton.jit
-def split_span(size, split, splits, period):
+def split_span(size, split, splits, unit):
     """Tokens [begin, end) of a row that a split walks through; none when begin >= size."""
-    share = tl.cdiv(tl.cdiv(size, splits), period) * period
+    share = tl.cdiv(tl.cdiv(size, splits), unit) * unit
     begin = split * share
     return begin, tl.minimum(begin + share, size)
 
 
 @triton.jit
-def row_start(x, first, n, h, stride_b, stride_t, stride_h, PACKED: tl.constexpr):
+def row_start(x, first, n, h, stride_b, stride_t, stride_h, ALIGN: tl.constexpr, PACKED: tl.constexpr):
     """Pointer to x at the row's first token."""
     if PACKED:
-        return x + first * stride_t + h.to(tl.int64) * stride_h
+        along = first * stride_t
     else:
-        return x + n.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
+        along = n.to(tl.int64) * stride_b
+    return x + (along + h.to(tl.int64) * stride_h) * ALIGN
 
 
 @triton.jit
@@ -92,7 +93,7 @@ def power(log2_base, exponent):
 @_jit("q", "k", "v")
 def causal_forward(
     q, k, v, out, start, saved, final, log2_decay, cu_seqlens,
-    scale, length, heads, splits, period, slots,
+    scale, length, heads, splits, unit, period, slots,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, ALIGN: tl.constexpr,
     DECAYS: tl.constexpr, PACKED: tl.constexpr, STARTS: tl.constexpr, SAVES: tl.constexpr, ENDS: tl.constexpr,
@@ -106,13 +107,12 @@ def causal_forward(
     n = row // heads
     h = row % heads
     first, size = row_span(cu_seqlens, n, length, PACKED)
-    begin, end = split_span(size, split, splits, period)
+    begin, end = split_span(size, split, splits, unit)
     if (split > 0) & (begin >= size):
         return
-    q_t, k_t, v_t = tl.multiple_of(q_t, ALIGN), tl.multiple_of(k_t, ALIGN), tl.multiple_of(v_t, ALIGN)
-    q_row = row_start(q, first, n, h, tl.multiple_of(q_b, ALIGN), q_t, tl.multiple_of(q_h, ALIGN), PACKED)
-    k_row = row_start(k, first, n, h, tl.multiple_of(k_b, ALIGN), k_t, tl.multiple_of(k_h, ALIGN), PACKED)
-    v_row = row_start(v, first, n, h, tl.multiple_of(v_b, ALIGN), v_t, tl.multiple_of(v_h, ALIGN), PACKED)
+    q_row = row_start(q, first, n, h, q_b, q_t, q_h, ALIGN, PACKED)
+    k_row = row_start(k, first, n, h, k_b, k_t, k_h, ALIGN, PACKED)
+    v_row = row_start(v, first, n, h, v_b, v_t, v_h, ALIGN, PACKED)
     out_row = out + (first * heads + h) * V
     if PACKED:
         slot = first // period + n
@@ -130,25 +130,25 @@ def causal_forward(
         weight = power(log2_g, lag)  # [C, C]
         from_start = power(log2_g, place + 1)[:, None]  # [C, 1]
     for t in range(begin, end, C):
-        if SAVES:
-            saved_row = saved + ((slot + t // period) * heads + h) * (K * V)
-            tl.store(saved_row + offsets, state.to(saved.dtype.element_ty), mask=inside & (t % period == 0))
-        q_c = load_tile(q_row, t, end, q_t, 0, K, BK, C)  # [C, BK]
-        k_c = load_tile(k_row, t, end, k_t, 0, K, BK, C)  # [C, BK]
-        v_c = load_tile(v_row, t, end, v_t, column, V, BV, C)  # [C, BV]
-        scores = tl.dot(q_c, tl.trans(k_c), input_precision="ieee")  # [C, C]
+        q_c = load_tile(q_row, t, end, q_t * ALIGN, 0, K, BK, C)  # [C, BK]
+        k_c = load_tile(k_row, t, end, k_t * ALIGN, 0, K, BK, C)  # [C, BK]
+        v_c = load_tile(v_row, t, end, v_t * ALIGN, column, V, BV, C)  # [C, BV]
+        scores = tl.dot(q_c, tl.trans(k_c), input_precision="tf32x3")  # [C, C]
         if DECAYS:
             scores *= weight
         scores = tl.where(lag >= 0, scores, 0.0).to(v_c.dtype)
-        acc = tl.dot(q_c, state.to(q_c.dtype), input_precision="ieee")  # [C, BV]
+        acc = tl.dot(q_c, state.to(q_c.dtype), input_precision="tf32x3")  # [C, BV]
         if DECAYS:
             acc *= from_start
             tokens = tl.minimum(end - t, C)
             k_c = (k_c * power(log2_g, tokens - 1 - place)[:, None]).to(v_c.dtype)
             state *= power(log2_g, tokens)
-        acc = tl.dot(scores, v_c, acc, input_precision="ieee")
-        state = tl.dot(tl.trans(k_c), v_c, state, input_precision="ieee")  # [BK, BV]
+        acc = tl.dot(scores, v_c, acc, input_precision="tf32x3")
+        state = tl.dot(tl.trans(k_c), v_c, state, input_precision="tf32x3")  # [BK, BV]
         store_tile(out_row, acc * scale, t, end, heads * V, column, V, BV, C)
+        if SAVES:  # behind each period, the last of which may be shorter
+            saved_row = saved + ((slot + t // period) * heads + h) * (K * V)
+            tl.store(saved_row + offsets, state, mask=inside & (((t + C) % period == 0) | (t + C >= size)))
     if ENDS:
         if end == size:
             tl.store(final + row.to(tl.int64) * (K * V) + offsets, state, mask=inside)
@@ -157,13 +157,15 @@ def causal_forward(
 @_jit("k", "v")
 def state_sums(
     k, v, sums, log2_decay, cu_seqlens,
-    scale, length, heads, splits, period,
+    length, heads, splits, unit,
     k_b, k_t, k_h, v_b, v_t, v_h,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, ALIGN: tl.constexpr,
     DECAYS: tl.constexpr, PACKED: tl.constexpr, BACKWARD: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
-    """What each split adds: scale sum_s g^(end-1-s) k_s v_s^T to the state behind it, or, BACKWARD, with
-    g^(s-begin+1) to the gradient of the state before it. Without ALL, the split that no other one follows is left out.
+    """What each split adds to the state behind it, or, BACKWARD, to the gradient of the state before it.
+
+    That is sum_s g^(end-1-s) k_s v_s^T, BACKWARD with g^(s-begin+1). Without ALL, the split that no other one follows
+    is left out.
     """
     tiles: tl.constexpr = (V + BV - 1) // BV
     program = tl.program_id(0)
@@ -180,21 +182,20 @@ def state_sums(
             if split == splits - 1:
                 return
     first, size = row_span(cu_seqlens, n, length, PACKED)
-    begin, end = split_span(size, split, splits, period)
-    k_t, v_t = tl.multiple_of(k_t, ALIGN), tl.multiple_of(v_t, ALIGN)
-    k_row = row_start(k, first, n, h, tl.multiple_of(k_b, ALIGN), k_t, tl.multiple_of(k_h, ALIGN), PACKED)
-    v_row = row_start(v, first, n, h, tl.multiple_of(v_b, ALIGN), v_t, tl.multiple_of(v_h, ALIGN), PACKED)
+    begin, end = split_span(size, split, splits, unit)
+    k_row = row_start(k, first, n, h, k_b, k_t, k_h, ALIGN, PACKED)
+    v_row = row_start(v, first, n, h, v_b, v_t, v_h, ALIGN, PACKED)
     place = tl.arange(0, C)
     if DECAYS:
         log2_g = tl.load(log2_decay + h)
     state = tl.zeros([BK, BV], tl.float32)
-    for i in range(0, tl.cdiv(tl.maximum(end - begin, 0), C)):
+    for i in range(tl.cdiv(tl.maximum(end - begin, 0), C)):
         if BACKWARD:
             t = begin + (tl.cdiv(end - begin, C) - 1 - i) * C
         else:
             t = begin + i * C
-        k_c = load_tile(k_row, t, end, k_t, 0, K, BK, C)  # [C, BK]
-        v_c = load_tile(v_row, t, end, v_t, column, V, BV, C)  # [C, BV]
+        k_c = load_tile(k_row, t, end, k_t * ALIGN, 0, K, BK, C)  # [C, BK]
+        v_c = load_tile(v_row, t, end, v_t * ALIGN, column, V, BV, C)  # [C, BV]
         if DECAYS:
             tokens = tl.minimum(end - t, C)
             if BACKWARD:
@@ -203,15 +204,15 @@ def state_sums(
                 lag = tokens - 1 - place
             k_c = (k_c * power(log2_g, lag)[:, None]).to(v_c.dtype)
             state *= power(log2_g, tokens)
-        state = tl.dot(tl.trans(k_c), v_c, state, input_precision="ieee")  # [BK, BV]
+        state = tl.dot(tl.trans(k_c), v_c, state, input_precision="tf32x3")  # [BK, BV]
     offsets, inside = state_tile(column, K, V, BK, BV)
     sums_row = sums + (row.to(tl.int64) * splits + split) * (K * V)
-    tl.store(sums_row + offsets, state * scale, mask=inside)
+    tl.store(sums_row + offsets, state, mask=inside)
 
 
 @_jit()
 def scan_states(
-    sums, start, log2_decay, cu_seqlens, length, heads, splits, period,
+    sums, start, log2_decay, cu_seqlens, length, heads, splits, unit,
     SIZE: tl.constexpr, BLOCK: tl.constexpr,
     DECAYS: tl.constexpr, PACKED: tl.constexpr, STARTS: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
@@ -219,13 +220,13 @@ def scan_states(
     row = tl.program_id(0)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = place < SIZE
-    first, size = row_span(cu_seqlens, row // heads, length, PACKED)
+    _, size = row_span(cu_seqlens, row // heads, length, PACKED)
     state = tl.zeros([BLOCK], tl.float32)
     if STARTS:
         state += tl.load(start + row.to(tl.int64) * SIZE + place, mask=inside, other=0.0)
     if DECAYS:
         log2_g = tl.load(log2_decay + row % heads)
-    for i in range(0, splits):
+    for i in range(splits):
         if BACKWARD:
             split = splits - 1 - i
         else:
@@ -234,7 +235,7 @@ def scan_states(
         added = tl.load(here, mask=inside & (i < splits - 1), other=0.0)
         tl.store(here, state, mask=inside)
         if DECAYS:
-            begin, end = split_span(size, split, splits, period)
+            begin, end = split_span(size, split, splits, unit)
             state *= power(log2_g, end - begin)
         state += added
 
@@ -253,20 +254,19 @@ def times_state(
     n = row // heads
     h = row % heads
     t = tl.program_id(1) * C
-    q_t = tl.multiple_of(q_t, ALIGN)
-    q_row = row_start(q, 0, n, h, tl.multiple_of(q_b, ALIGN), q_t, tl.multiple_of(q_h, ALIGN), False)
+    q_row = row_start(q, 0, n, h, q_b, q_t, q_h, ALIGN, False)
     state_row = state + row.to(tl.int64) * (K * V)
     v = column + tl.arange(0, BV)[None, :]
     acc = tl.zeros([C, BV], tl.float32)
     for block in range(0, K, BK):
         k = block + tl.arange(0, BK)[:, None]
-        q_c = load_tile(q_row, t, length, q_t, block, K, BK, C)  # [C, BK]
+        q_c = load_tile(q_row, t, length, q_t * ALIGN, block, K, BK, C)  # [C, BK]
         if TRANSPOSED:
             offsets = v * K + k
         else:
             offsets = k * V + v
         s_c = tl.load(state_row + offsets, mask=(k < K) & (v < V), other=0.0)  # [BK, BV]
-        acc = tl.dot(q_c, s_c.to(q_c.dtype), acc, input_precision="ieee")
+        acc = tl.dot(q_c, s_c.to(q_c.dtype), acc, input_precision="tf32x3")
     out_row = out + (n.to(tl.int64) * length * heads + h) * V
     store_tile(out_row, acc * scale, t, length, heads * V, column, V, BV, C)
 
@@ -274,7 +274,7 @@ def times_state(
 @_jit("q", "k", "v")
 def step(
     q, k, v, state, out, after, log2_decay, scale, heads, q_b, q_h, k_b, k_h, v_b, v_h,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAYS: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, ALIGN: tl.constexpr, DECAYS: tl.constexpr,
 ):  # fmt: skip
     """S = g S + k v^T, out = scale q S, for one token; `after` may be `state` itself."""
     tiles: tl.constexpr = (V + BV - 1) // BV
@@ -285,9 +285,9 @@ def step(
     offsets, inside = state_tile(column, K, V, BK, BV)
     key = tl.arange(0, BK)
     value = column + tl.arange(0, BV)
-    q_r = tl.load(q + n * q_b + h * q_h + key, mask=key < K, other=0.0).to(tl.float32)
-    k_r = tl.load(k + n * k_b + h * k_h + key, mask=key < K, other=0.0).to(tl.float32)
-    v_r = tl.load(v + n * v_b + h * v_h + value, mask=value < V, other=0.0).to(tl.float32)
+    q_r = tl.load(q + (n * q_b + h * q_h) * ALIGN + key, mask=key < K, other=0.0).to(tl.float32)
+    k_r = tl.load(k + (n * k_b + h * k_h) * ALIGN + key, mask=key < K, other=0.0).to(tl.float32)
+    v_r = tl.load(v + (n * v_b + h * v_h) * ALIGN + value, mask=value < V, other=0.0).to(tl.float32)
     s = tl.load(state + row.to(tl.int64) * (K * V) + offsets, mask=inside, other=0.0)  # [BK, BV]
     if DECAYS:
         s *= tl.exp2(tl.load(log2_decay + h))

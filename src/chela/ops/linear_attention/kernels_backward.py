@@ -1,13 +1,18 @@
-"""Triton kernel of the backward pass of causal linear attention; shapes and words as in `kernels`.
+"""Triton kernels of the backward pass of causal linear attention; shapes and words as in `kernels`.
 
-With G_t the gradient of out_t, S_t the state and R_t its gradient (per head; decay g, scale included in R):
+With g_t the gradient of out_t, a decay d per head, S the state before a chunk and R, the gradient of the state behind
+it over `scale`:
 
-    dq_t = scale sum_{s <= t} g^(t-s) (G_t . v_s) k_s + scale g^(t+1) S_0 G_t
-    dk_s = scale sum_{t >= s} g^(t-s) (G_t . v_s) q_t + g^(end-1-s) R v_s
-    dv_s = scale sum_{t >= s} g^(t-s) (q_t . k_s) G_t + g^(end-1-s) R^T k_s
+    dq_t = scale (sum_{s <= t} d^(t-s) (g_t . v_s) k_s + d^(t+1) S g_t)
+    dk_s = scale (sum_{t >= s} d^(t-s) (g_t . v_s) q_t + d^(end-1-s) R v_s)
+    dv_s = scale (sum_{t >= s} d^(t-s) (q_t . k_s) g_t + d^(end-1-s) R^T k_s)
 
-dq needs states from the front, dk and dv need R from the end. So each period is walked through twice, first forwards
-from the state saved before it, then backwards: the second walk finds its inputs in the cache.
+R comes from the end and S from the front, so there are two walks: `key_value_gradients` backwards, `query_gradients`
+forwards. Where `kernels_one_walk` can take the place of both, it does.
+
+A state is as wide as V, since dq and dk sum over all values: it is kept as BLOCKS blocks of BV columns, each a tensor
+of its own, so that no product has a result wider than that. Where V is wider still, groups of blocks go to programs
+of their own, and each group gives a part of dq and dk.
 """
 
 import triton
@@ -20,132 +25,201 @@ from chela.ops.linear_attention.kernels import (
     row_span,
     row_start,
     split_span,
-    state_tile,
     store_tile,
 )
 
 
-@_jit("q", "k", "v", "g")
-def causal_backward(
-    q, k, v, g, dq, dk, dv, end_grads, saved, d_start, d_log_decay, log2_decay, cu_seqlens,
-    scale, length, heads, splits, period, slots, batch_tokens,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, ALIGN: tl.constexpr,
-    DECAYS: tl.constexpr, PACKED: tl.constexpr, STARTS: tl.constexpr, ENDS: tl.constexpr,
-):  # fmt: skip
-    """dq, dk (of each tile of V by itself), dv, d_start; d_log_decay [programs], for the natural logarithm."""
-    tiles: tl.constexpr = (V + BV - 1) // BV
+@triton.jit
+def load_state(x, column, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+               BLOCKS: tl.constexpr, TRANSPOSED: tl.constexpr, LOADS: tl.constexpr):  # fmt: skip
+    """Blocks of columns of a state [K, V]: [BK, BV] each, TRANSPOSED [BV, BK]; zeros unless LOADS."""
+    if TRANSPOSED:
+        k = tl.arange(0, BK)[None, :]
+        v = column + tl.arange(0, BV)[:, None]
+    else:
+        k = tl.arange(0, BK)[:, None]
+        v = column + tl.arange(0, BV)[None, :]
+    blocks = ()
+    for j in tl.static_range(BLOCKS):
+        if LOADS:
+            inside = (k < K) & (v + j * BV < V)
+            blocks = blocks + (tl.load(x + k * V + v + j * BV, mask=inside, other=0.0).to(tl.float32),)
+        elif TRANSPOSED:
+            blocks = blocks + (tl.zeros([BV, BK], tl.float32),)
+        else:
+            blocks = blocks + (tl.zeros([BK, BV], tl.float32),)
+    return blocks
+
+
+@triton.jit
+def programs_place(heads, splits, V: tl.constexpr, BV: tl.constexpr, BLOCKS: tl.constexpr):
+    """Group of columns, split, sequence and head of this program, and row = sequence * heads + head."""
+    groups: tl.constexpr = (V + BV * BLOCKS - 1) // (BV * BLOCKS)
     program = tl.program_id(0)
-    tile = program % tiles
-    column = tile * BV
-    split = (program // tiles) % splits
-    row = program // (tiles * splits)
-    n = row // heads
-    h = row % heads
+    row = program // (groups * splits)
+    return program % groups, (program // groups) % splits, row // heads, row % heads, row
+
+
+@_jit("q", "k", "v", "g")
+def key_value_gradients(
+    q, k, v, g, dk, dv, ends, d_start, log2_decay, cu_seqlens,
+    scale, length, heads, splits, unit, tokens_in_all,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BLOCKS: tl.constexpr, C: tl.constexpr,
+    ALIGN: tl.constexpr, DECAYS: tl.constexpr, PACKED: tl.constexpr, STARTS: tl.constexpr, ENDS: tl.constexpr,
+):  # fmt: skip
+    """Write dk (a part for each group), dv and d_start."""
+    group, split, n, h, row = programs_place(heads, splits, V, BV, BLOCKS)
+    column = group * (BV * BLOCKS)
     first, size = row_span(cu_seqlens, n, length, PACKED)
-    begin, end = split_span(size, split, splits, period)
+    begin, end = split_span(size, split, splits, unit)
     if (split > 0) & (begin >= size):
         return
-    q_t, k_t, v_t = tl.multiple_of(q_t, ALIGN), tl.multiple_of(k_t, ALIGN), tl.multiple_of(v_t, ALIGN)
-    g_t = tl.multiple_of(g_t, ALIGN)
-    q_row = row_start(q, first, n, h, tl.multiple_of(q_b, ALIGN), q_t, tl.multiple_of(q_h, ALIGN), PACKED)
-    k_row = row_start(k, first, n, h, tl.multiple_of(k_b, ALIGN), k_t, tl.multiple_of(k_h, ALIGN), PACKED)
-    v_row = row_start(v, first, n, h, tl.multiple_of(v_b, ALIGN), v_t, tl.multiple_of(v_h, ALIGN), PACKED)
-    g_row = row_start(g, first, n, h, tl.multiple_of(g_b, ALIGN), g_t, tl.multiple_of(g_h, ALIGN), PACKED)
-    tile_first = tile.to(tl.int64) * batch_tokens + first
-    dq_row = dq + (tile_first * heads + h) * K
-    dk_row = dk + (tile_first * heads + h) * K
+    q_row = row_start(q, first, n, h, q_b, q_t, q_h, ALIGN, PACKED)
+    k_row = row_start(k, first, n, h, k_b, k_t, k_h, ALIGN, PACKED)
+    v_row = row_start(v, first, n, h, v_b, v_t, v_h, ALIGN, PACKED)
+    g_row = row_start(g, first, n, h, g_b, g_t, g_h, ALIGN, PACKED)
+    dk_row = dk + ((group.to(tl.int64) * tokens_in_all + first) * heads + h) * K
     dv_row = dv + (first * heads + h) * V
-    if PACKED:
-        slot = first // period + n
-    else:
-        slot = n.to(tl.int64) * slots
-    offsets, inside = state_tile(column, K, V, BK, BV)
-    value = column + tl.arange(0, BV)[:, None]
-    key = tl.arange(0, BK)[None, :]
-    grad = tl.zeros([BK, BV], tl.float32)  # R
-    if ENDS:
-        end_row = end_grads + (row.to(tl.int64) * splits + split) * (K * V)
-        grad += tl.load(end_row + offsets, mask=inside, other=0.0)
+    at_end = ends + (row.to(tl.int64) * splits + split) * (K * V) if ENDS else ends
+    grads = load_state(at_end, column, K, V, BK, BV, BLOCKS, False, ENDS)  # R
     place = tl.arange(0, C)
-    lag = place[:, None] - place[None, :]
+    lag = place[None, :] - place[:, None]  # [C of s, C of t]
     if DECAYS:
-        log2_g = tl.load(log2_decay + h)
-        from_start = power(log2_g, place + 1)[:, None]  # [C, 1]
-        d_log = tl.zeros([C], tl.float32)
-        d_end = tl.zeros([BK], tl.float32)
-    periods = tl.cdiv(tl.maximum(end - begin, 0), period)
-    for p in range(0, periods):
-        p_begin = begin + (periods - 1 - p) * period
-        p_end = tl.minimum(p_begin + period, end)
-        saved_row = saved + ((slot + p_begin // period) * heads + h) * (K * V)
-        # The state, transposed [BV, BK]: no operand of a product below is a transposed accumulator.
-        state = tl.load(saved_row + key * V + value, mask=(key < K) & (value < V), other=0.0).to(tl.float32)
+        log2_d = tl.load(log2_decay + h)
+        weight = power(log2_d, lag)
+        from_start = power(log2_d, place + 1)[:, None]
+    chunks = tl.cdiv(tl.maximum(end - begin, 0), C)
+    for i in range(chunks):
+        t = begin + (chunks - 1 - i) * C
+        q_c = load_tile(q_row, t, end, q_t * ALIGN, 0, K, BK, C)  # [C, BK]
+        k_c = load_tile(k_row, t, end, k_t * ALIGN, 0, K, BK, C)  # [C, BK]
+        scores = tl.dot(k_c, tl.trans(q_c), input_precision="tf32x3")  # [C of s, C of t]
+        q_late = q_c
         if DECAYS:
-            d_state = tl.zeros([BV, BK], tl.float32)  # derivative of the state by log g, counted from p_begin
-        for t in range(p_begin, p_end, C):
-            k_c = load_tile(k_row, t, p_end, k_t, 0, K, BK, C)  # [C, BK]
-            v_c = tl.trans(load_tile(v_row, t, p_end, v_t, column, V, BV, C))  # [BV, C]
-            g_c = load_tile(g_row, t, p_end, g_t, column, V, BV, C)  # [C, BV]
-            d_scores = tl.dot(g_c, v_c, input_precision="ieee")  # [C, C]
+            scores *= weight
+            tokens = tl.minimum(end - t, C)
+            to_end = power(log2_d, tokens - 1 - place)[:, None]
+            kept = power(log2_d, tokens)
+            q_late = (q_c * from_start).to(q_c.dtype)
+        scores = tl.where(lag >= 0, scores, 0.0).to(q_c.dtype)
+        d_k = tl.zeros([C, BK], tl.float32)
+        d_scores = tl.zeros([C, C], tl.float32)  # [C of s, C of t]
+        new_grads = ()
+        for j in tl.static_range(BLOCKS):
+            v_c = load_tile(v_row, t, end, v_t * ALIGN, column + j * BV, V, BV, C)  # [C, BV]
+            g_c = load_tile(g_row, t, end, g_t * ALIGN, column + j * BV, V, BV, C)  # [C, BV]
+            low = grads[j].to(g_c.dtype)
+            d_v = tl.dot(k_c, low, input_precision="tf32x3")  # [C, BV]
             if DECAYS:
-                d_scores *= power(log2_g, lag)
-            d_scores = tl.where(lag >= 0, d_scores, 0.0)
-            acc = tl.dot(g_c, state.to(g_c.dtype), input_precision="ieee")  # [C, BK]
-            if DECAYS:
-                acc *= from_start
-                tokens = tl.minimum(p_end - t, C)
-                to_end = power(log2_g, tokens - 1 - place)[:, None]
-                q_c = load_tile(q_row, t, p_end, q_t, 0, K, BK, C)  # [C, BK]
-                scores = tl.dot(q_c, tl.trans(k_c), input_precision="ieee")
-                d_log += tl.sum(lag.to(tl.float32) * scores * d_scores, axis=1)
-                d_log += (place + 1) * tl.sum(q_c * acc, axis=1)
-                through = tl.dot(g_c, d_state.to(g_c.dtype), input_precision="ieee") * from_start
-                d_log += tl.sum(q_c * through, axis=1)
-                steps = tl.maximum(tokens - 1 - place, 0).to(tl.float32)[:, None]
-                d_state = (d_state + tokens * state) * power(log2_g, tokens)
-                late = (k_c * (steps * to_end)).to(g_c.dtype)
-                d_state = tl.dot(v_c, late, d_state, input_precision="ieee")
-            acc = tl.dot(d_scores.to(k_c.dtype), k_c, acc, input_precision="ieee")
-            if DECAYS:
-                state *= power(log2_g, tokens)
-                k_c = (k_c * to_end).to(g_c.dtype)
-            state = tl.dot(v_c, k_c, state, input_precision="ieee")  # [BV, BK]
-            store_tile(dq_row, acc * scale, t, p_end, heads * K, 0, K, BK, C)
-        if DECAYS:
-            d_end += tl.sum(grad * tl.trans(d_state), axis=1)  # through the state behind the period
-        chunks = tl.cdiv(p_end - p_begin, C)
-        for i in range(0, chunks):
-            t = p_begin + (chunks - 1 - i) * C
-            q_c = load_tile(q_row, t, p_end, q_t, 0, K, BK, C)  # [C, BK]
-            k_c = load_tile(k_row, t, p_end, k_t, 0, K, BK, C)  # [C, BK]
-            v_c = load_tile(v_row, t, p_end, v_t, column, V, BV, C)  # [C, BV]
-            g_c = load_tile(g_row, t, p_end, g_t, column, V, BV, C)  # [C, BV]
-            low = grad.to(g_c.dtype)
-            scores = tl.dot(k_c, tl.trans(q_c), input_precision="ieee")  # [C of s, C of t]
-            d_scores = tl.dot(v_c, tl.trans(g_c), input_precision="ieee")  # [C of s, C of t]
-            d_v = tl.dot(k_c, low, input_precision="ieee")  # [C, BV]
-            d_k = tl.dot(v_c, tl.trans(low), input_precision="ieee")  # [C, BK]
-            if DECAYS:
-                tokens = tl.minimum(p_end - t, C)
-                to_end = power(log2_g, tokens - 1 - place)[:, None]
-                weight = power(log2_g, -lag)
-                scores *= weight
-                d_scores *= weight
                 d_v *= to_end
-                d_k *= to_end
-            scores = tl.where(lag <= 0, scores * scale, 0.0)
-            d_scores = tl.where(lag <= 0, d_scores * scale, 0.0)
-            d_v = tl.dot(scores.to(g_c.dtype), g_c, d_v, input_precision="ieee")
-            d_k = tl.dot(d_scores.to(q_c.dtype), q_c, d_k, input_precision="ieee")
+            d_v = tl.dot(scores, g_c, d_v, input_precision="tf32x3")
+            store_tile(dv_row, d_v * scale, t, end, heads * V, column + j * BV, V, BV, C)
+            d_k = tl.dot(v_c, tl.trans(low), d_k, input_precision="tf32x3")
+            d_scores = tl.dot(v_c, tl.trans(g_c), d_scores, input_precision="tf32x3")
+            grad = grads[j]
             if DECAYS:
-                grad *= power(log2_g, tokens)
-                q_c = (q_c * from_start).to(g_c.dtype)
-            grad += scale * tl.dot(tl.trans(q_c), g_c, input_precision="ieee")  # [BK, BV]
-            store_tile(dv_row, d_v, t, p_end, heads * V, column, V, BV, C)
-            store_tile(dk_row, d_k, t, p_end, heads * K, 0, K, BK, C)
+                grad *= kept
+            new_grads = new_grads + (tl.dot(tl.trans(q_late), g_c, grad, input_precision="tf32x3"),)  # [BK, BV]
+        grads = new_grads
+        if DECAYS:
+            d_k *= to_end
+            d_scores *= weight
+        d_scores = tl.where(lag >= 0, d_scores, 0.0)
+        d_k = tl.dot(d_scores.to(q_c.dtype), q_c, d_k, input_precision="tf32x3")
+        store_tile(dk_row, d_k * scale, t, end, heads * K, 0, K, BK, C)
     if STARTS:
         if split == 0:
-            tl.store(d_start + row.to(tl.int64) * (K * V) + offsets, grad, mask=inside)
+            k_place = tl.arange(0, BK)[:, None]
+            v_place = column + tl.arange(0, BV)[None, :]
+            start = d_start + row.to(tl.int64) * (K * V) + k_place * V + v_place
+            for j in tl.static_range(BLOCKS):
+                tl.store(start + j * BV, grads[j] * scale, mask=(k_place < K) & (v_place + j * BV < V))
+
+
+@_jit("q", "k", "v", "g")
+def query_gradients(
+    q, k, v, g, dq, starts, ends, saved, d_log_decay, log2_decay, cu_seqlens,
+    scale, length, heads, splits, unit, period, slots, tokens_in_all,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BLOCKS: tl.constexpr, C: tl.constexpr,
+    ALIGN: tl.constexpr, DECAYS: tl.constexpr, PACKED: tl.constexpr, STARTS: tl.constexpr, ENDS: tl.constexpr,
+):  # fmt: skip
+    """Write dq (a part for each group) and d_log_decay [programs], the gradient of the decay's natural logarithm."""
+    group, split, n, h, row = programs_place(heads, splits, V, BV, BLOCKS)
+    column = group * (BV * BLOCKS)
+    first, size = row_span(cu_seqlens, n, length, PACKED)
+    begin, end = split_span(size, split, splits, unit)
+    if begin >= size:
+        return
+    q_row = row_start(q, first, n, h, q_b, q_t, q_h, ALIGN, PACKED)
+    k_row = row_start(k, first, n, h, k_b, k_t, k_h, ALIGN, PACKED)
+    v_row = row_start(v, first, n, h, v_b, v_t, v_h, ALIGN, PACKED)
+    g_row = row_start(g, first, n, h, g_b, g_t, g_h, ALIGN, PACKED)
+    dq_row = dq + ((group.to(tl.int64) * tokens_in_all + first) * heads + h) * K
+    # The state, transposed: no operand of a product below is a transposed accumulator.
+    states = load_state(saved, column, K, V, BK, BV, BLOCKS, True, False)
+    if split > 0:
+        if PACKED:
+            slot = first // period + n
+        else:
+            slot = n.to(tl.int64) * slots
+        before = saved + ((slot + begin // period - 1) * heads + h) * (K * V)
+        states = load_state(before, column, K, V, BK, BV, BLOCKS, True, True)
+    else:
+        if STARTS:
+            states = load_state(starts + row.to(tl.int64) * (K * V), column, K, V, BK, BV, BLOCKS, True, True)
+    place = tl.arange(0, C)
+    lag = place[:, None] - place[None, :]  # [C of t, C of s]
     if DECAYS:
-        tl.store(d_log_decay + program, scale * tl.sum(d_log, axis=0) + tl.sum(d_end, axis=0))
+        log2_d = tl.load(log2_decay + h)
+        weight = power(log2_d, lag)
+        from_start = power(log2_d, place + 1)[:, None]
+        d_log = tl.zeros([C], tl.float32)
+        slopes = load_state(saved, column, K, V, BK, BV, BLOCKS, True, False)  # of S by log d, lags from `begin` on
+    for t in range(begin, end, C):
+        k_c = load_tile(k_row, t, end, k_t * ALIGN, 0, K, BK, C)  # [C, BK]
+        k_late = k_c
+        if DECAYS:
+            tokens = tl.minimum(end - t, C)
+            after = tokens - 1 - place
+            kept = power(log2_d, tokens)
+            to_end = power(log2_d, after)
+            k_late = (k_c * to_end[:, None]).to(k_c.dtype)
+            k_slope = (k_c * (tl.maximum(after, 0) * to_end)[:, None]).to(k_c.dtype)
+            through = tl.zeros([C, BK], tl.float32)
+        d_scores = tl.zeros([C, C], tl.float32)
+        d_q = tl.zeros([C, BK], tl.float32)
+        new_states, new_slopes = (), ()
+        for j in tl.static_range(BLOCKS):
+            v_c = load_tile(v_row, t, end, v_t * ALIGN, column + j * BV, V, BV, C)  # [C, BV]
+            g_c = load_tile(g_row, t, end, g_t * ALIGN, column + j * BV, V, BV, C)  # [C, BV]
+            d_scores = tl.dot(g_c, tl.trans(v_c), d_scores, input_precision="tf32x3")
+            d_q = tl.dot(g_c, states[j].to(g_c.dtype), d_q, input_precision="tf32x3")
+            state = states[j]
+            if DECAYS:
+                through = tl.dot(g_c, slopes[j].to(g_c.dtype), through, input_precision="tf32x3")
+                slope = (slopes[j] + tokens * state) * kept
+                new_slopes = new_slopes + (tl.dot(tl.trans(v_c), k_slope, slope, input_precision="tf32x3"),)
+                state *= kept
+            new_states = new_states + (tl.dot(tl.trans(v_c), k_late, state, input_precision="tf32x3"),)  # [BV, BK]
+        states = new_states
+        if DECAYS:
+            slopes = new_slopes
+            d_scores *= weight
+            d_q *= from_start
+            q_c = load_tile(q_row, t, end, q_t * ALIGN, 0, K, BK, C)  # [C, BK]
+            scores = tl.dot(q_c, tl.trans(k_c), input_precision="tf32x3")
+            d_log += tl.sum(tl.where(lag >= 0, lag * scores * d_scores, 0.0), axis=1)
+            d_log += tl.sum(q_c * ((place + 1)[:, None] * d_q + through * from_start), axis=1)
+        d_scores = tl.where(lag >= 0, d_scores, 0.0)
+        d_q = tl.dot(d_scores.to(k_c.dtype), k_c, d_q, input_precision="tf32x3")
+        store_tile(dq_row, d_q * scale, t, end, heads * K, 0, K, BK, C)
+    if DECAYS:
+        total = tl.sum(d_log, axis=0)
+        if ENDS:  # through the state behind the split
+            at_end = ends + (row.to(tl.int64) * splits + split) * (K * V)
+            grads = load_state(at_end, column, K, V, BK, BV, BLOCKS, True, True)
+            for j in tl.static_range(BLOCKS):
+                total += tl.sum(tl.sum(grads[j] * slopes[j], axis=1), axis=0)
+        tl.store(d_log_decay + tl.program_id(0), total * scale)

@@ -1,7 +1,7 @@
 """How the Triton kernels cut their work: the one place that looks at shapes. Tiles are a small fixed table.
 
 A row (a sequence with one head) is walked through by one program for each tile of its values. Where rows and tiles
-are too few to fill the GPU, rows are split in time: the states that the splits add are summed first and scanned, at
+are too few to fill the GPU, rows are split in time: what each split adds to the state is summed first and scanned, at
 the cost of reading two of the inputs once more.
 """
 
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 MAX_KEY = 256
-STATE_TILE = 16_384
-"""Entries of a state that one program keeps: 64 registers for each thread of 8 warps."""
+PERIOD = 1024
+"""Tokens between saved states where one walk back does it all: 1/16 of an input's memory at K = V = 64."""
 
 
 @dataclass(frozen=True)
@@ -21,15 +21,34 @@ class Plan:
 
     key_tile: int
     value_tile: int
+    """Columns of V in a tile; in the backward pass, in a block."""
+    blocks: int
+    """Blocks of V that one program of the backward pass keeps; 1 in the others."""
     chunk: int
-    splits: int
-    period: int
     warps: int
     stages: int
+    splits: int
+    unit: int
+    """Splits are whole multiples of this many tokens."""
 
-    def tiles(self, width: int) -> int:
+    def programs(self, width: int) -> int:
         """Programs that share a row of values `width` wide."""
-        return -(-width // self.value_tile)
+        return -(-width // (self.value_tile * self.blocks))
+
+
+@dataclass(frozen=True)
+class BackwardPlan(Plan):
+    """Sizes of a backward pass, which the forward pass needs too: where to save states."""
+
+    one_walk: bool
+    """All gradients in one walk, without a decay."""
+    period: int
+    """Tokens between saved states."""
+
+    @property
+    def saves(self) -> bool:
+        """Whether the forward pass must save states at all."""
+        return self.one_walk or self.splits > 1
 
     def slots(self, length: int) -> int:
         """States saved for a row of `length` tokens."""
@@ -48,22 +67,42 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def forward_plan(rows: int, length: int, key: int, value: int, dtype: torch.dtype, device: torch.device) -> Plan:
-    """Sizes of a forward pass over `rows` sequences and heads of `length` tokens."""
-    return _plan(rows, length, key, value, dtype, multiprocessors(device), largest=128)
-
-
-def backward_plan(rows: int, length: int, key: int, value: int, dtype: torch.dtype, device: torch.device) -> Plan:
-    """Sizes of a backward pass; its value tile is as wide as registers allow, as dq and dk sum over all values."""
-    return _plan(rows, length, key, value, dtype, multiprocessors(device), largest=256)
-
-
-def _plan(rows: int, length: int, key: int, value: int, dtype: torch.dtype, programs: int, largest: int) -> Plan:
-    key_tile = tile(key, MAX_KEY)
-    value_tile = tile(value, min(largest, STATE_TILE // key_tile))
-    wide = dtype == torch.float32 or key_tile > 128
-    chunk = 32 if wide else 64
-    period = 256
+    """Sizes of a forward pass, or of sums of states, over `rows` sequences and heads of `length` tokens."""
+    key_tile, wide = tile(key, MAX_KEY), dtype == torch.float32
+    value_tile = tile(value, 32 if wide or key_tile > 128 else 64)
+    processors = multiprocessors(device)
+    if value_tile > 32 and rows * -(-value // value_tile) < processors <= rows * -(-value // 32):
+        value_tile = 32  # twice the programs, which costs less than a split
     groups = rows * -(-value // value_tile)
-    splits = min(-(-2 * programs // groups), -(-length // period)) if groups < programs else 1
-    warps = 4 if key_tile * value_tile <= 4096 else 8
-    return Plan(key_tile, value_tile, chunk, max(splits, 1), period, warps, 1 if wide else 2)
+    chunk, unit = (32 if wide else 64), 64
+    splits = 1 if groups >= 0.8 * processors else _splits(2 * processors, groups, length, unit)
+    stages = 2 if wide or key_tile > 128 or splits > 1 else 4 if value_tile == 32 else 3
+    return Plan(key_tile, value_tile, 1, chunk, 4, stages, splits, unit)
+
+
+def backward_plan(
+    rows: int, length: int, key: int, value: int, dtype: torch.dtype, device: torch.device, *, decays: bool
+) -> BackwardPlan:
+    """Sizes of a backward pass."""
+    key_tile, wide = tile(key, MAX_KEY), dtype == torch.float32
+    entries = 4096 if wide else 16_384  # of a state in one program: 64 registers for each thread of 8 warps
+    value_tile = tile(value, min(64, entries // key_tile))
+    blocks = min(-(-value // value_tile), entries // (key_tile * value_tile))
+    kept = key_tile * value_tile * blocks
+    one_walk = not decays and not wide and kept <= 4096 and value <= value_tile
+    small = kept <= 8192
+    processors = multiprocessors(device)
+    resident = 2 * processors if small else processors
+    groups = rows * -(-value // (value_tile * blocks))
+    chunk, warps, stages = (32, 8, 1) if wide else (64, 4, 1 if one_walk else 2) if small else (32, 8, 3)
+    splits = _splits(resident, groups, length, 64)
+    share = -(-length // (splits * 64)) * 64
+    period = min(share, PERIOD) if one_walk else share
+    return BackwardPlan(
+        key_tile, value_tile, blocks, chunk, warps, stages, splits, max(period, 64), one_walk, max(period, 64)
+    )
+
+
+def _splits(programs: int, groups: int, length: int, unit: int) -> int:
+    """Splits of every row that give at most `programs` programs, so that all run at once; none of less than `unit`."""
+    return max(1, min(programs // max(groups, 1), -(-length // unit)))
