@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from chela.ops.linear_attention import kernels, kernels_backward, kernels_one_walk
-from chela.ops.linear_attention.plan import MAX_KEY, BackwardPlan, Plan, backward_plan, forward_plan, tile
+from chela.ops.linear_attention.plan import MAX_KEY, BackwardPlan, Plan, backward_plan, forward_plan, sums_plan, tile
 
 
 def linear_attention(
@@ -104,7 +104,7 @@ def _summed_states(
     (k, v), strides, align = _inputs(k, v)
     rows, length, heads, key, value = _rows(k, cu_seqlens), *k.shape[1:], v.shape[3]
     sums = k.new_empty(rows, heads, plan.splits, key, value, dtype=torch.float32)
-    tiles = forward_plan(rows * heads, length, key, value, k.dtype, k.device)
+    tiles = sums_plan(key, value, k.dtype)
     kernels.state_sums[(rows * heads * plan.splits * tiles.programs(value),)](
         k, v, sums, log2_decay, cu_seqlens, length, heads, plan.splits, plan.unit, *strides,
         K=key, V=value, BK=tiles.key_tile, BV=tiles.value_tile, C=tiles.chunk, ALIGN=align,

@@ -9,6 +9,11 @@ Lengths and strides are never constants of a kernel: one compilation serves them
 `ALIGN` entries, from which the compiler sees that loads may be wide.
 """
 
+# pyrefly: ignore-errors (what is bound under a constant of a kernel is read under the same one)
+
+from collections.abc import Callable
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -16,8 +21,8 @@ SIZES = ["length", "heads", "splits", "unit", "period", "slots"]
 STRIDES = [f"{tensor}_{axis}" for tensor in "qkvg" for axis in "bth"]
 
 
-def _jit(*strides: str):
-    """Compile a kernel once for all sizes and for the strides of the tensors named."""
+def jit(*strides: str) -> Callable[[Any], Any]:
+    """Compile a kernel once for all sizes and for all strides of the tensors named."""
     return triton.jit(do_not_specialize=[*SIZES, *(name for name in STRIDES if name[0] in strides)])
 
 
@@ -90,7 +95,7 @@ def power(log2_base, exponent):
     return tl.exp2(tl.maximum(exponent, 0).to(tl.float32) * log2_base)
 
 
-@_jit("q", "k", "v")
+@jit("q", "k", "v")
 def causal_forward(
     q, k, v, out, start, saved, final, log2_decay, cu_seqlens,
     scale, length, heads, splits, unit, period, slots,
@@ -154,7 +159,7 @@ def causal_forward(
             tl.store(final + row.to(tl.int64) * (K * V) + offsets, state, mask=inside)
 
 
-@_jit("k", "v")
+@jit("k", "v")
 def state_sums(
     k, v, sums, log2_decay, cu_seqlens,
     length, heads, splits, unit,
@@ -210,7 +215,7 @@ def state_sums(
     tl.store(sums_row + offsets, state, mask=inside)
 
 
-@_jit()
+@jit()
 def scan_states(
     sums, start, log2_decay, cu_seqlens, length, heads, splits, unit,
     SIZE: tl.constexpr, BLOCK: tl.constexpr,
@@ -240,7 +245,7 @@ def scan_states(
         state += added
 
 
-@_jit("q")
+@jit("q")
 def times_state(
     q, state, out, scale, length, heads, q_b, q_t, q_h,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, ALIGN: tl.constexpr,
@@ -271,7 +276,7 @@ def times_state(
     store_tile(out_row, acc * scale, t, length, heads * V, column, V, BV, C)
 
 
-@_jit("q", "k", "v")
+@jit("q", "k", "v")
 def step(
     q, k, v, state, out, after, log2_decay, scale, heads, q_b, q_h, k_b, k_h, v_b, v_h,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, ALIGN: tl.constexpr, DECAYS: tl.constexpr,

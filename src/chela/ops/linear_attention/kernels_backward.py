@@ -15,11 +15,13 @@ of its own, so that no product has a result wider than that. Where V is wider st
 of their own, and each group gives a part of dq and dk.
 """
 
+# pyrefly: ignore-errors (what is bound under a constant of a kernel is read under the same one)
+
 import triton
 import triton.language as tl
 
 from chela.ops.linear_attention.kernels import (
-    _jit,
+    jit,
     load_tile,
     power,
     row_span,
@@ -60,7 +62,7 @@ def programs_place(heads, splits, V: tl.constexpr, BV: tl.constexpr, BLOCKS: tl.
     return program % groups, (program // groups) % splits, row // heads, row % heads, row
 
 
-@_jit("q", "k", "v", "g")
+@jit("q", "k", "v", "g")
 def key_value_gradients(
     q, k, v, g, dk, dv, ends, d_start, log2_decay, cu_seqlens,
     scale, length, heads, splits, unit, tokens_in_all,
@@ -137,7 +139,7 @@ def key_value_gradients(
                 tl.store(start + j * BV, grads[j] * scale, mask=(k_place < K) & (v_place + j * BV < V))
 
 
-@_jit("q", "k", "v", "g")
+@jit("q", "k", "v", "g")
 def query_gradients(
     q, k, v, g, dq, starts, ends, saved, d_log_decay, log2_decay, cu_seqlens,
     scale, length, heads, splits, unit, period, slots, tokens_in_all,

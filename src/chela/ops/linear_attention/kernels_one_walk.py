@@ -9,7 +9,7 @@ it: dq feels later tokens of its period by that much.
 import triton.language as tl
 
 from chela.ops.linear_attention.kernels import (
-    _jit,
+    jit,
     load_tile,
     row_span,
     row_start,
@@ -19,7 +19,7 @@ from chela.ops.linear_attention.kernels import (
 )
 
 
-@_jit("q", "k", "v", "g")
+@jit("q", "k", "v", "g")
 def all_gradients(
     q, k, v, g, dq, dk, dv, ends, saved, d_start, cu_seqlens,
     scale, length, heads, splits, unit, period, slots,

@@ -67,17 +67,25 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def forward_plan(rows: int, length: int, key: int, value: int, dtype: torch.dtype, device: torch.device) -> Plan:
-    """Sizes of a forward pass, or of sums of states, over `rows` sequences and heads of `length` tokens."""
+    """Sizes of a forward pass over `rows` sequences and heads of `length` tokens."""
     key_tile, wide = tile(key, MAX_KEY), dtype == torch.float32
     value_tile = tile(value, 32 if wide or key_tile > 128 else 64)
     processors = multiprocessors(device)
-    if value_tile > 32 and rows * -(-value // value_tile) < processors <= rows * -(-value // 32):
+    enough = 0.8 * processors
+    if value_tile > 32 and rows * -(-value // value_tile) < enough <= rows * -(-value // 32):
         value_tile = 32  # twice the programs, which costs less than a split
     groups = rows * -(-value // value_tile)
     chunk, unit = (32 if wide else 64), 64
-    splits = 1 if groups >= 0.8 * processors else _splits(2 * processors, groups, length, unit)
+    splits = 1 if groups >= enough else _splits(2 * processors, groups, length, unit)
     stages = 2 if wide or key_tile > 128 or splits > 1 else 4 if value_tile == 32 else 3
     return Plan(key_tile, value_tile, 1, chunk, 4, stages, splits, unit)
+
+
+def sums_plan(key: int, value: int, dtype: torch.dtype) -> Plan:
+    """Tiles of sums of states, which are all loading; the splits are those of the pass that wants the sums."""
+    key_tile, wide = tile(key, MAX_KEY), dtype == torch.float32
+    value_tile = tile(value, 32 if wide or key_tile > 128 else 64)
+    return Plan(key_tile, value_tile, 1, 32 if wide else 64, 4, 2 if wide else 4, 1, 64)
 
 
 def backward_plan(
@@ -87,14 +95,21 @@ def backward_plan(
     key_tile, wide = tile(key, MAX_KEY), dtype == torch.float32
     entries = 4096 if wide else 16_384  # of a state in one program: 64 registers for each thread of 8 warps
     value_tile = tile(value, min(64, entries // key_tile))
-    blocks = min(-(-value // value_tile), entries // (key_tile * value_tile))
+    blocks = min(-(-value // value_tile), entries // (key_tile * value_tile), 4)
     kept = key_tile * value_tile * blocks
     one_walk = not decays and not wide and kept <= 4096 and value <= value_tile
     small = kept <= 8192
     processors = multiprocessors(device)
     resident = 2 * processors if small else processors
     groups = rows * -(-value // (value_tile * blocks))
-    chunk, warps, stages = (32, 8, 1) if wide else (64, 4, 1 if one_walk else 2) if small else (32, 8, 3)
+    if wide:
+        chunk, warps, stages = 32, 8, 1
+    elif not small:
+        chunk, warps, stages = 32, 8, 3
+    elif decays:
+        chunk, warps, stages = 32, 4, 3
+    else:
+        chunk, warps, stages = 64, 4, 1 if one_walk else 2
     splits = _splits(resident, groups, length, 64)
     share = -(-length // (splits * 64)) * 64
     period = min(share, PERIOD) if one_walk else share
