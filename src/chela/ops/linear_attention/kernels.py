@@ -9,8 +9,6 @@ Lengths and strides are never constants of a kernel: one compilation serves them
 `ALIGN` entries, from which the compiler sees that loads may be wide.
 """
 
-# pyrefly: ignore-errors (what is bound under a constant of a kernel is read under the same one)
-
 from collections.abc import Callable
 from typing import Any
 

@@ -15,8 +15,6 @@ of its own, so that no product has a result wider than that. Where V is wider st
 of their own, and each group gives a part of dq and dk.
 """
 
-# pyrefly: ignore-errors (what is bound under a constant of a kernel is read under the same one)
-
 import triton
 import triton.language as tl
 
