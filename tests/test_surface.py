@@ -33,7 +33,7 @@ SIGNATURES = {
     "linear_attention": (
         "q, k, v, *, causal=True, scale=1.0, decay=None, state=None, return_state=False, cu_seqlens=None, impl='auto'"
     ),
-    "linear_attention_step": "q, k, v, state, *, scale=1.0, decay=None, impl='auto'",
+    "linear_attention_step": "q, k, v, state, *, scale=1.0, decay=None, inplace=False, impl='auto'",
     "short_conv": (
         "x, weight, bias=None, *, causal=True, activation=None, state=None, return_state=False, cu_seqlens=None, "
         "impl='auto'"

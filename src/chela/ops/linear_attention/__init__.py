@@ -84,9 +84,10 @@ def linear_attention_step(
     *,
     scale: float = 1.0,
     decay: Float[Tensor, " h"] | None = None,
+    inplace: bool = False,
     impl: Impl = "auto",
 ) -> tuple[Float[Tensor, "b h v"], Float[Tensor, "b h k v"]]:
-    """Take one token: `S = decay S + k v^T`, `out = scale q S`. The state passed in is left as it was.
+    """Take one token: `S = decay S + k v^T`, `out = scale q S`. The state passed in stays as it was unless `inplace`.
 
     Args:
         q: query [B, H, K].
@@ -95,22 +96,26 @@ def linear_attention_step(
         state: [B, H, K, V] float32 (float64 for float64); zeros before the first token.
         scale: factor on the output.
         decay: [H] in (0, 1], or None.
+        inplace: write the new state over the old one and return that tensor: no second state in memory, and the same
+            address for a CUDA graph. Without gradients only.
         impl: as in `linear_attention`.
 
     Returns:
         Output [B, H, V] in v's dtype and the new state [B, H, K, V].
 
     Raises:
-        ValueError: as in `linear_attention`.
+        ValueError: as in `linear_attention`; `inplace` while a gradient of an input is wanted.
     """
     _check(q, k, v, decay, lead="B, H", legend="q, k [B, H, K], v [B, H, V]")
     _check_state(state, q.shape[0], q, v, "[B, H, K, V]")
+    if inplace and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, state, decay)):
+        raise ValueError("inplace=True overwrites what gradients need: call the step under torch.no_grad()")
     if resolve(impl, q.device, "linear_attention") == "triton":
         from chela.ops.linear_attention import fused
 
-        return fused.linear_attention_step(q, k, v, state, scale=scale, decay=decay)
+        return fused.linear_attention_step(q, k, v, state, scale=scale, decay=decay, inplace=inplace)
     with no_autocast(q.device):
-        return reference.linear_attention_step(q, k, v, state, scale=scale, decay=decay)
+        return reference.linear_attention_step(q, k, v, state, scale=scale, decay=decay, inplace=inplace)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, *, lead: str, legend: str) -> None:

@@ -43,10 +43,12 @@ def linear_attention(
 
 
 def linear_attention_step(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor, *, scale: float, decay: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, *, scale: float, decay: Tensor | None, inplace: bool
 ) -> tuple[Tensor, Tensor]:
     """Take one token; arguments as in `chela.ops.linear_attention_step`, already checked."""
     _check_limits(q)
+    if inplace:
+        return torch.ops.chela.linear_attention_step_.default(q, k, v, state, decay, scale), state
     return torch.ops.chela.linear_attention_step.default(q, k, v, state, decay, scale)
 
 
@@ -72,6 +74,7 @@ _SCHEMAS = {
     "bidirectional_backward": (
         "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor total, float scale) -> (Tensor, Tensor, Tensor)"
     ),
+    "step_": "(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor? decay, float scale) -> Tensor",
     "step": "(Tensor q, Tensor k, Tensor v, Tensor state, Tensor? decay, float scale) -> (Tensor, Tensor)",
 }
 for _name, _schema in _SCHEMAS.items():
@@ -363,6 +366,21 @@ def _step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, decay: Tensor | None, 
     out, after = _step_shapes(q, k, v, state, decay, scale)
     _launch_step(q, k, v, state.contiguous(), out, after, decay, scale)
     return out, after
+
+
+@torch.library.impl("chela::linear_attention_step_", "default")
+def _step_in_place(q: Tensor, k: Tensor, v: Tensor, state: Tensor, decay: Tensor | None, scale: float) -> Tensor:
+    out = _step_in_place_shape(q, k, v, state, decay, scale)
+    dense = state.contiguous()
+    _launch_step(q, k, v, dense, out, dense, decay, scale)
+    if dense is not state:
+        state.copy_(dense)
+    return out
+
+
+@torch.library.register_fake("chela::linear_attention_step_")
+def _step_in_place_shape(q: Tensor, k: Tensor, v: Tensor, state: Tensor, decay: Tensor | None, scale: float) -> Tensor:
+    return v.new_empty(v.shape)
 
 
 def _launch_step(

@@ -15,7 +15,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-SIZES = ["length", "heads", "splits", "unit", "period", "slots"]
+SIZES = ["length", "heads", "splits", "unit", "period", "slots", "tokens_in_all"]
 STRIDES = [f"{tensor}_{axis}" for tensor in "qkvg" for axis in "bth"]
 
 

@@ -46,12 +46,12 @@ def linear_attention(
 
 
 def linear_attention_step(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor, *, scale: float, decay: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, *, scale: float, decay: Tensor | None, inplace: bool
 ) -> tuple[Tensor, Tensor]:
     """Take one token; arguments as in `chela.ops.linear_attention_step`, already checked."""
     dtype, wide = v.dtype, wide_dtype(v.dtype)
-    out, state = step(q.to(wide) * scale, k.to(wide), v.to(wide), state, None if decay is None else decay.to(wide))
-    return out.to(dtype), state
+    out, after = step(q.to(wide) * scale, k.to(wide), v.to(wide), state, None if decay is None else decay.to(wide))
+    return out.to(dtype), state.copy_(after) if inplace else after
 
 
 def quadratic(

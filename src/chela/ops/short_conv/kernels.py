@@ -15,8 +15,6 @@ batch row or a document, and read nothing outside of it but its state, positions
 Row strides of inputs count units of ALIGN elements, a power of 2, so that the compiler knows how wide a load may be.
 """
 
-# ruff: noqa: RUF005 (Triton builds tuples by + alone)
-
 import triton
 import triton.language as tl
 
