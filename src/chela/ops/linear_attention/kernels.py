@@ -132,6 +132,7 @@ def causal_forward(
         log2_g = tl.load(log2_decay + h)
         weight = power(log2_g, lag)  # [C, C]
         from_start = power(log2_g, place + 1)[:, None]  # [C, 1]
+    period_now = begin // period
     for t in range(begin, end, C):
         q_c = load_tile(q_row, t, end, q_t * ALIGN, 0, K, BK, C)  # [C, BK]
         k_c = load_tile(k_row, t, end, k_t * ALIGN, 0, K, BK, C)  # [C, BK]
@@ -150,8 +151,11 @@ def causal_forward(
         state = tl.dot(tl.trans(k_c), v_c, state, input_precision="tf32x3")  # [BK, BV]
         store_tile(out_row, acc * scale, t, end, heads * V, column, V, BV, C)
         if SAVES:  # behind each period, the last of which may be shorter
-            saved_row = saved + ((slot + t // period) * heads + h) * (K * V)
-            tl.store(saved_row + offsets, state, mask=inside & (((t + C) % period == 0) | (t + C >= size)))
+            full = t + C == (period_now + 1) * period
+            if full | (t + C >= size):
+                saved_row = saved + ((slot + period_now) * heads + h) * (K * V)
+                tl.store(saved_row + offsets, state, mask=inside)
+            period_now += full.to(tl.int32)
     if ENDS:
         if end == size:
             tl.store(final + row.to(tl.int64) * (K * V) + offsets, state, mask=inside)

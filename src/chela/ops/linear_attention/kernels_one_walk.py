@@ -59,14 +59,17 @@ def all_gradients(
     place = tl.arange(0, C)
     lag = place[:, None] - place[None, :]
     chunks = tl.cdiv(tl.maximum(end - begin, 0), C)
+    period_now = (end - 1) // period
     for i in range(chunks):
         t = begin + (chunks - 1 - i) * C
         q_c = load_tile(q_row, t, end, q_t * ALIGN, 0, K, BK, C)  # [C, BK]
         k_c = load_tile(k_row, t, end, k_t * ALIGN, 0, K, BK, C)  # [C, BK]
         v_c = load_tile(v_row, t, end, v_t * ALIGN, 0, V, BV, C)  # [C, BV]
         g_c = load_tile(g_row, t, end, g_t * ALIGN, 0, V, BV, C)  # [C, BV]
-        if (i == 0) | ((t + C) % period == 0):
-            saved_row = saved + ((slot + t // period) * heads + h) * (K * V)
+        leaving = t < period_now * period
+        period_now -= leaving.to(tl.int32)
+        if (i == 0) | leaving:
+            saved_row = saved + ((slot + period_now) * heads + h) * (K * V)
             minus = -tl.load(saved_row + key * V + value, mask=inside_transposed, other=0.0)
         minus = tl.dot(tl.trans(v_c), k_c, minus, input_precision="tf32x3")  # [BV, BK]
         d_scores = tl.dot(g_c, tl.trans(v_c), input_precision="tf32x3")  # [C of t, C of s]
