@@ -4,6 +4,7 @@ Gradients are averaged by DDP, parameters are equal on all ranks at every step. 
 process's own slice; the running ones that count are rank 0's. All ranks must see the same file system.
 """
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,6 +51,7 @@ def world(device: Literal["auto", "cpu", "cuda"]) -> Iterator[torch.device]:
     try:
         yield place
     finally:
+        gc.collect()  # a DDP model that is still there would keep gloo's threads, which may abort a process that exits
         dist.destroy_process_group()
 
 

@@ -110,44 +110,47 @@ class Trainer:
         """Take the steps that are left; False if a signal or the deadline stopped it, with a checkpoint saved."""
         run, state, model = self.run, self.state, distributed.wrap(self.model, self.device)
         first, busy, tokens = state.step, 0.0, 0
-        with (
-            Interrupt(deadline) as interrupt,
-            Stream(self.task, run, self.device) as stream,
-            self.display.live(state.step),
-        ):
-            while state.step < run.train.steps:
-                step, begun = state.step, time.monotonic()
-                share = stream.take(step)
-                stop = bool(interrupt.reason) and step > first  # each start takes a step at least
-                counts = distributed.sum_over_ranks(torch.tensor([share.targets, share.tokens, stop]))
-                targets, new_tokens, stop = counts.tolist()
-                if stop:
-                    self._stop(interrupt.reason or "another process was stopped")
-                    break
+        try:
+            with (
+                Interrupt(deadline) as interrupt,
+                Stream(self.task, run, self.device) as stream,
+                self.display.live(state.step),
+            ):
+                while state.step < run.train.steps:
+                    step, begun = state.step, time.monotonic()
+                    share = stream.take(step)
+                    stop = bool(interrupt.reason) and step > first  # each start takes a step at least
+                    counts = distributed.sum_over_ranks(torch.tensor([share.targets, share.tokens, stop]))
+                    targets, new_tokens, stop = counts.tolist()
+                    if stop:
+                        self._stop(interrupt.reason or "another process was stopped")
+                        break
 
-                set_rate(self.optimizer, schedule(run.optim, step, run.train.steps))
-                scores = compute_gradients(model, share.parts, targets, run.seed, step, self.device, self.dtype)
-                loss, hits = distributed.sum_over_ranks(scores)
-                norm = clip_gradients(self.model, run.optim.clip)
-                self.optimizer.found_inf = self.guard.watch(step, loss, norm)  # pyrefly: ignore
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+                    set_rate(self.optimizer, schedule(run.optim, step, run.train.steps))
+                    scores = compute_gradients(model, share.parts, targets, run.seed, step, self.device, self.dtype)
+                    loss, hits = distributed.sum_over_ranks(scores)
+                    norm = clip_gradients(self.model, run.optim.clip)
+                    self.optimizer.found_inf = self.guard.watch(step, loss, norm)  # pyrefly: ignore
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
 
-                state.step += 1
-                state.steps, state.targets = state.steps + 1, state.targets + targets
-                self.sums += torch.stack([loss, hits, norm.double()])
-                tokens += new_tokens
-                if logging := self._due(run.train.log_every):
-                    self._stop_if_not_finite()
-                busy += time.monotonic() - begun
-                if logging:
-                    self._log(tokens / busy)
-                    busy, tokens = 0.0, 0
-                if self._due(run.train.eval_every):
-                    self._validate()
-                if self._due(run.train.save_every):
-                    self._save()
-                self.display.step(state.step)
+                    state.step += 1
+                    state.steps, state.targets = state.steps + 1, state.targets + targets
+                    self.sums += torch.stack([loss, hits, norm.double()])
+                    tokens += new_tokens
+                    if logging := self._due(run.train.log_every):
+                        self._stop_if_not_finite()
+                    busy += time.monotonic() - begun
+                    if logging:
+                        self._log(tokens / busy)
+                        busy, tokens = 0.0, 0
+                    if self._due(run.train.eval_every):
+                        self._validate()
+                    if self._due(run.train.save_every):
+                        self._save()
+                    self.display.step(state.step)
+        finally:
+            del model  # also from a traceback: DDP holds on to the process group
         return state.step == run.train.steps
 
     def test(self) -> dict[str, float]:
