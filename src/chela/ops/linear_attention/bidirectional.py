@@ -1,0 +1,91 @@
+"""Bidirectional linear attention as a registered op: a sum over all tokens, then a product for each token."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chela.ops.linear_attention import kernels
+from chela.ops.linear_attention.launch import define, dense, summed_states
+from chela.ops.linear_attention.plan import forward_plan, tile
+
+define("bidirectional", "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)")
+define(
+    "bidirectional_backward",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor total, float scale) -> (Tensor, Tensor, Tensor)",
+)
+
+
+def attend_both_ways(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Output [B, T, H, V]."""
+    return torch.ops.chela.linear_attention_bidirectional.default(q, k, v, scale)[0]
+
+
+@torch.library.impl("chela::linear_attention_bidirectional", "default")
+def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Output and the sum of all k v^T [B, H, K, V]."""
+    return _applied(q, total := _total(k, v), scale, v.shape[3]), total
+
+
+@torch.library.register_fake("chela::linear_attention_bidirectional")
+def _forward_shapes(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    batch, _, heads, key = q.shape
+    return v.new_empty(v.shape), q.new_empty(batch, heads, key, v.shape[3], dtype=torch.float32)
+
+
+@torch.library.impl("chela::linear_attention_bidirectional_backward", "default")
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, total: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    over_scale = _total(q, grad)
+    return (
+        _applied(grad, total, scale, q.shape[3], transposed=True),
+        _applied(v, over_scale, scale, k.shape[3], transposed=True),
+        _applied(k, over_scale, scale, v.shape[3]),
+    )
+
+
+@torch.library.register_fake("chela::linear_attention_bidirectional_backward")
+def _backward_shapes(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, total: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _total(k: Tensor, v: Tensor) -> Tensor:
+    """The sum over all tokens of k v^T [B, H, K, V]."""
+    batch, length, heads, key = k.shape
+    plan = forward_plan(batch * heads, length, key, v.shape[3], k.dtype, k.device)
+    if not k.numel() or not v.numel():
+        return k.new_zeros(batch, heads, key, v.shape[3], dtype=torch.float32)
+    return summed_states(k, v, plan, None, None, BACKWARD=False, ALL=True).sum(2)
+
+
+def _applied(q: Tensor, state: Tensor, scale: float, width: int, *, transposed: bool = False) -> Tensor:
+    """The products scale * q S [B, T, H, width], with S or its transpose."""
+    batch, length, heads, key = q.shape
+    out = q.new_empty(batch, length, heads, width)
+    if not out.numel():
+        return out
+    (q,), strides, align = dense(q)
+    chunk, value_tile = 64, tile(width, 128)
+    grid = (batch * heads * -(-width // value_tile), -(-length // chunk))
+    kernels.times_state[grid](
+        q, state, out, scale, length, heads, *strides,
+        K=key, V=width, BK=tile(key, 64), BV=value_tile, C=chunk, ALIGN=align, TRANSPOSED=transposed,
+        num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, output[1])
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+    return *torch.ops.chela.linear_attention_bidirectional_backward.default(grad, *ctx.saved_tensors, ctx.scale), None
+
+
+torch.library.register_autograd("chela::linear_attention_bidirectional", _differentiate, setup_context=_keep)
