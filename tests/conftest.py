@@ -3,6 +3,7 @@ import os
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
 
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -30,6 +31,8 @@ def pytest_runtest_setup():
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002 (for code that draws from the global generator)
     random.seed(0)
+    if compiler := sys.modules.get("torch._dynamo"):
+        compiler.reset()  # what earlier tests compiled counts against the limit of recompilations
 
 
 @pytest.fixture
