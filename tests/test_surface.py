@@ -65,7 +65,7 @@ OPTIONS = {
     "data": "--root",
     "bench": "--device --dtype --seconds --out",
     "report": "--out",
-    "doctor": "--root",
+    "doctor": "--root --selftest",
 }
 
 SMALL = ModelConfig(layers=1, vocab=5, d_model=8, d_ff=8, d_key=4, d_value=8, kernel_length=16, causal=True)

@@ -179,15 +179,19 @@ def report(runs: RunPaths, out: Path | None = None) -> None:
     print(f"report: {page}")
 
 
-def doctor(root: Path = ROOT) -> None:
+def doctor(root: Path = ROOT, selftest: bool = False) -> None:
     """Show versions, devices, the implementation each op takes here, optional packages and data.
 
     Args:
         root: Folder of downloaded and generated data.
+        selftest: Also hold every op with kernels to float64 on this machine's GPU (without one: the reference on the
+            CPU); exit code 1 when one fails.
     """
-    from chela.evaluation.doctor import show
+    from chela.evaluation.doctor import examine, show
 
     show(root)
+    if selftest and examine():
+        raise SystemExit(1)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

@@ -1,5 +1,6 @@
 """`chela doctor`: what chela finds on this machine and what it would do with it."""
 
+import functools
 import importlib.metadata
 import platform
 from pathlib import Path
@@ -11,6 +12,7 @@ from rich.text import Text
 
 import chela
 from chela.evaluation.datasets import inventory
+from chela.evaluation.selftest import known_issues, selftest
 from chela.ops.impl import WITH_TRITON, resolve
 
 OPS = ("linear_attention", "short_conv", "long_conv")
@@ -22,7 +24,7 @@ OPTIONAL = {
 
 
 def diagnose(root: Path) -> list[tuple[str, str, str]]:
-    """Findings as rows (part, name, text), on versions, devices, implementations, optional packages and data."""
+    """Findings as rows (part, name, text): versions, devices, implementations, known issues, packages and data."""
     rows = [
         ("versions", "chela", chela.__version__),
         ("versions", "python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"),
@@ -33,6 +35,7 @@ def diagnose(root: Path) -> list[tuple[str, str, str]]:
     ]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows += [("implementations", op, _choice(op, device)) for op in OPS]
+    rows += [("GPUs and Triton", pair, text) for pair, text in _issues()]
     rows += [("optional packages", name, version(name) or f"not installed ({use})") for name, use in OPTIONAL.items()]
     return rows + [("data", name, text) for name, text in inventory(root)]
 
@@ -47,6 +50,13 @@ def show(root: Path) -> None:
         table.add_row(Text(group if group != part else "", style="bold"), Text(name), Text(text))
         part = group
     Console().print(table)
+
+
+def examine() -> int:
+    """Run the self-test on the GPU, or on the CPU where there is none; the number of cases that failed."""
+    print(flush=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return selftest(device, write=functools.partial(print, flush=True))
 
 
 def version(package: str) -> str:
@@ -70,6 +80,11 @@ def _gpus() -> list[tuple[str, str, str]]:
         text = f"{facts.name}, compute capability {facts.major}.{facts.minor}, {facts.total_memory / 2**30:.0f} GiB"
         rows.append(("devices", f"cuda:{index}", text))
     return rows
+
+
+def _issues() -> list[tuple[str, str]]:
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    return known_issues(capability, version("triton"))
 
 
 def _choice(op: str, device: torch.device) -> str:
