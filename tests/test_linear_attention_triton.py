@@ -203,7 +203,7 @@ def test_packed_documents_get_the_bits_they_get_alone(decay, given_state, proces
         inputs["state"] = draw(7, 2, 16, 24, seed=5, device=DEVICE)
     packed = values_and_gradients(functools.partial(op, cu_seqlens=ends(*BOUNDS)), inputs)
     assert packed["state"].shape == (7, 2, 16, 24)
-    dout, dafter = draw(1, 150, 2, 24, seed=1000, device=DEVICE), draw(7, 2, 16, 24, seed=1001, device=DEVICE)
+    d_out, d_after = draw(1, 150, 2, 24, seed=1000, device=DEVICE), draw(7, 2, 16, 24, seed=1001, device=DEVICE)
     for n, (start, stop) in enumerate(itertools.pairwise(BOUNDS)):
         document = {name: inputs[name][:, start:stop] for name in "qkv"}
         if given_state:
@@ -213,7 +213,7 @@ def test_packed_documents_get_the_bits_they_get_alone(decay, given_state, proces
         assert torch.equal(packed["out"][:, start:stop], out)
         assert torch.equal(packed["state"][n : n + 1], after)
         gradients = torch.autograd.grad(
-            (out, after), [*document.values()], (dout[:, start:stop], dafter[n : n + 1]), materialize_grads=True
+            (out, after), [*document.values()], (d_out[:, start:stop], d_after[n : n + 1]), materialize_grads=True
         )
         for name, gradient in zip(document, gradients, strict=True):
             whole = packed[f"grad {name}"]

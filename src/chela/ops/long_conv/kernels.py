@@ -37,7 +37,7 @@ def to_blocks(
 
 @_jit("length", "batch", "front", "limit")
 def from_blocks(
-    blocks, out, length, batch, width, front, limit, bb, bi, bd, ob, ot, BLOCK: tl.constexpr, CHANNELS: tl.constexpr
+    blocks, out, length, batch, width, front, limit, bb, bi, bd, o_b, o_t, BLOCK: tl.constexpr, CHANNELS: tl.constexpr
 ):
     """out[b, t, d] = blocks[b, d, t + front] at the times 0 <= t < length: channels go back to the last axis."""
     b, i = tl.program_id(0) % batch, tl.program_id(0) // batch
@@ -46,7 +46,7 @@ def from_blocks(
     d = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)).to(tl.int64)
     source = blocks + b.to(tl.int64) * bb + i.to(tl.int64) * bi + d[None, :] * bd + tl.arange(0, BLOCK)[:, None]
     value = tl.load(source, mask=(place < limit * 16)[:, None] & (d < width)[None, :], other=0)  # [BLOCK, CHANNELS]
-    target = out + b.to(tl.int64) * ob + t.to(tl.int64)[:, None] * ot + d[None, :]
+    target = out + b.to(tl.int64) * o_b + t.to(tl.int64)[:, None] * o_t + d[None, :]
     tl.store(target, value.to(out.dtype.element_ty), mask=((t >= 0) & (t < length))[:, None] & (d < width)[None, :])
 
 
