@@ -17,9 +17,9 @@ from chela.ops.long_conv.fourier import fft_conv
 from chela.ops.testing import check_op, draw, error_budget, long_conv_inputs, relative_error, values_and_gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DOUBLE, SINGLE, HALF = torch.float64, torch.float32, torch.float16
+DOUBLE, SINGLE, HALF, BRAIN = torch.float64, torch.float32, torch.float16, torch.bfloat16
 M = toeplitz.TILES.block
-METHODS = [("toeplitz", SINGLE), ("toeplitz", HALF), ("transform", SINGLE), ("transform", DOUBLE)]
+METHODS = [("toeplitz", SINGLE), ("toeplitz", HALF), ("on_chip", BRAIN), ("transform", SINGLE), ("transform", DOUBLE)]
 convolve: Any = functools.partial(long_conv, impl="triton", return_state=True)
 
 

@@ -51,10 +51,10 @@ torch.library.define("chela::packed_long_conv_backward", f"(Tensor grad, {_PACKE
 
 
 def _method(history: Tensor, kernel: Tensor, reverse: Tensor, length: int) -> Any:
-    from chela.ops.long_conv import toeplitz, transform
+    from chela.ops.long_conv import on_chip, toeplitz, transform, two_stage
 
     name = choose(history.dtype, history.shape[1], length, kernel.shape[1], reverse.shape[1])
-    return {"toeplitz": toeplitz, "transform": transform}[name]
+    return {"toeplitz": toeplitz, "on_chip": on_chip, "two_stage": two_stage, "transform": transform}[name]
 
 
 @torch.library.impl("chela::long_conv", "default")

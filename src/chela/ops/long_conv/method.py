@@ -1,19 +1,25 @@
-"""Which form of the long convolution runs on a GPU: all of the choice is here and looks at sizes and dtype alone."""
+"""Which form of the long convolution runs on a GPU: all of the choice is here and looks at sizes and dtype alone.
+
+The bounds come from one H100 (bfloat16, torch 2.11, Triton 3.6). To take a method out, take its case out of `choose`.
+"""
 
 from typing import Literal
 
 import torch
 
-Method = Literal["toeplitz", "transform"]
+Method = Literal["toeplitz", "on_chip", "two_stage", "transform"]
 
-LONGEST_REACH = 2560
-"""Lags an output sees on average, up to which Toeplitz tiles beat transforms."""
+LONGEST = {"on_chip": 2**13, "two_stage": 2**20}
+"""Inputs a row of these methods may have, a power of two."""
+BEATEN = {"on_chip": 1400, "two_stage": 4000, "transform": 4000}
+"""Lags an output sees on average, up to which Toeplitz tiles beat a method, were its rows full."""
 
 
 def choose(dtype: torch.dtype, history: int, length: int, lags: int, ahead: int) -> Method:
     """Name the method for `length` outputs at the end of `history` inputs.
 
-    Toeplitz tiles do O(T L) work on the matrix units, which take 16-bit numbers; transforms do O(T log T) work in
+    Toeplitz tiles do O(T L) work on the matrix units, which take 16-bit numbers. Rows on the chip, or in two stages
+    through memory, do O(T sqrt T) or less there, of rows padded to a power of two. Transforms do O(T log T) work in
     float32, moving the data about ten times.
 
     Args:
@@ -25,8 +31,13 @@ def choose(dtype: torch.dtype, history: int, length: int, lags: int, ahead: int)
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return "transform"
+    method: Method = "transform"
+    padding = 1.0
+    if history <= LONGEST["two_stage"]:
+        method = "on_chip" if history <= LONGEST["on_chip"] else "two_stage"
+        padding = (1 << (history - 1).bit_length()) / history  # of work, by the row's length
     reach = _mean_reach(lags, history - length, length) + _mean_reach(ahead, 0, length)
-    return "toeplitz" if reach <= LONGEST_REACH else "transform"
+    return "toeplitz" if reach <= BEATEN[method] * padding else method
 
 
 def _mean_reach(lags: int, carried: int, length: int) -> float:

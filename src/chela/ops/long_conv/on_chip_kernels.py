@@ -1,0 +1,185 @@
+"""Triton kernels of `on_chip.py`: a row of N = N1 N2 times is transformed by one program.
+
+With theta = exp(i pi / 2N), n = n1 N2 + n2 and k = k1 + N1 k2, the values of a row at the N roots of z^N = i are the
+Fourier transform of theta^n x_n, in two steps with unitary factors:
+
+    A[k1, n2] = sum_n1 F1[k1, n1] x[n1, n2],            F1 = exp(i pi n1 / 2 N1 - 2 pi i k1 n1 / N1) / sqrt(N1)
+    C[k1, k2] = sum_n2 (A W)[k1, n2] F2[n2, k2],        W = exp(i pi n2 / 2 N - 2 pi i k1 n2 / N)
+
+Tables: f1 [4, N1, N1] is F1 (real, imaginary) and its transpose; f2 [2, N2, N2] is F2, symmetric; twiddle [2, N1, N2].
+Tiles are [N1, N2] unless said otherwise.
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+
+def _jit(*sizes: str) -> Any:
+    """Compile a kernel once for all values of these arguments."""
+    return triton.jit(do_not_specialize=[*sizes])
+
+
+@_jit()
+def power_of(re, im):
+    """The power of two that brings the largest entry of two tiles to [1, 2); 2^-100 for zeros."""
+    most = tl.max(tl.max(tl.maximum(tl.abs(re), tl.abs(im)), 1), 0)
+    return tl.exp2(tl.floor(tl.log2(tl.maximum(most, 1e-30))))
+
+
+@_jit()
+def _load_row(pointer):
+    """A row as float16 numbers below 2 and the power of two they were divided by."""
+    v = tl.load(pointer).to(tl.float32)
+    scale = power_of(v, v)
+    return (v / scale).to(tl.float16), scale
+
+
+@_jit()
+def _transform(v, f1, f2, twiddle, N1: tl.constexpr, N2: tl.constexpr):
+    """Real row in float16 -> spectrum, real and imaginary parts in float32."""
+    a, c = tl.arange(0, N1), tl.arange(0, N2)
+    grid, square = a[:, None] * N2 + c[None, :], a[:, None] * N1 + a[None, :]
+    zr, zi = tl.dot(tl.load(f1 + square), v), tl.dot(tl.load(f1 + N1 * N1 + square), v)
+    wr, wi = tl.load(twiddle + grid), tl.load(twiddle + N1 * N2 + grid)
+    br, bi = (zr * wr - zi * wi).to(tl.float16), (zr * wi + zi * wr).to(tl.float16)
+    square = c[:, None] * N2 + c[None, :]
+    gr, gi = tl.load(f2 + square), tl.load(f2 + N2 * N2 + square)
+    return tl.dot(-bi, gi, tl.dot(br, gr)), tl.dot(bi, gr, tl.dot(br, gi))
+
+
+@_jit()
+def _half_inverse(pr, pi, f2, twiddle, N1: tl.constexpr, N2: tl.constexpr):
+    """Spectrum in float16 -> what F1 is still to be undone of, in float16."""
+    a, c = tl.arange(0, N1), tl.arange(0, N2)
+    grid, square = a[:, None] * N2 + c[None, :], c[:, None] * N2 + c[None, :]
+    gr, gi = tl.load(f2 + square), tl.load(f2 + N2 * N2 + square)
+    dr, di = tl.dot(pi, gi, tl.dot(pr, gr)), tl.dot(-pr, gi, tl.dot(pi, gr))
+    wr, wi = tl.load(twiddle + grid), tl.load(twiddle + N1 * N2 + grid)
+    return (dr * wr + di * wi).to(tl.float16), (di * wr - dr * wi).to(tl.float16)
+
+
+@_jit("batch")
+def convolve_rows(
+    x, out, spectra, powers, f1, f2, twiddle, batch, MIRROR: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr
+):
+    """out[d, b] = x[d, b] times the spectrum of channel d (its conjugate, if MIRROR: the gradient of the input)."""
+    row = tl.program_id(0).to(tl.int64)
+    d = row // batch
+    a, c = tl.arange(0, N1), tl.arange(0, N2)
+    grid, square = a[:, None] * N2 + c[None, :], a[:, None] * N1 + a[None, :]
+    v, scale = _load_row(x + row * (N1 * N2) + grid)
+    cr, ci = _transform(v, f1, f2, twiddle, N1, N2)
+    at = spectra + d * (2 * N1 * N2) + grid
+    lr, li = tl.load(at), tl.load(at + N1 * N2)
+    if MIRROR:
+        li = -li
+    pr, pi = (cr * lr - ci * li).to(tl.float16), (cr * li + ci * lr).to(tl.float16)
+    er, ei = _half_inverse(pr, pi, f2, twiddle, N1, N2)
+    y = tl.dot(tl.load(f1 + 2 * N1 * N1 + square), er)
+    y = tl.dot(tl.load(f1 + 3 * N1 * N1 + square), ei, y)
+    size = tl.load(powers + d) * scale
+    tl.store(out + row * (N1 * N2) + grid, (y * size).to(out.dtype.element_ty))
+
+
+@_jit("lags", "ahead", "kd", "rd", "rl")
+def transform_taps(
+    kernel,
+    reverse,
+    spectra,
+    powers,
+    lags,
+    ahead,
+    kd,
+    kl,
+    rd,
+    rl,
+    f1,
+    f2,
+    twiddle,
+    AHEAD: tl.constexpr,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+):
+    """spectra[d] = sqrt(N) times the transform of the taps, over a power of two powers[d]; lag -l is -i at N - l.
+
+    Parts are below 1/2, so that no number of the product with a row is larger than the row's.
+    """
+    d = tl.program_id(0).to(tl.int64)
+    a, c = tl.arange(0, N1), tl.arange(0, N2)
+    grid = a[:, None] * N2 + c[None, :]
+    v = tl.load(kernel + d * kd + grid.to(tl.int64) * kl, mask=grid < lags, other=0).to(tl.float32)
+    w = v
+    if AHEAD:
+        lag = N1 * N2 - grid
+        w = tl.load(reverse + d * rd + (lag - 1).to(tl.int64) * rl, mask=lag <= ahead, other=0).to(tl.float32)
+    scale = power_of(v, w)
+    cr, ci = _transform((v / scale).to(tl.float16), f1, f2, twiddle, N1, N2)
+    if AHEAD:
+        er, ei = _transform((w / scale).to(tl.float16), f1, f2, twiddle, N1, N2)
+        cr, ci = cr + ei, ci - er
+    top = 4 * power_of(cr, ci)
+    at = spectra + d * (2 * N1 * N2) + grid
+    tl.store(at, cr / top)
+    tl.store(at + N1 * N2, ci / top)
+    tl.store(powers + d, scale * top * tl.sqrt((N1 * N2) * 1.0))
+
+
+@_jit("batch", "channels")
+def correlate_rows(
+    g, x, sums, f1, f2, twiddle, batch, channels, PART: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr
+):
+    """sums[part, d] = sum over PART rows b of the spectrum of g[d, b] times the conjugate of that of x[d, b]."""
+    d, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    a, c = tl.arange(0, N1), tl.arange(0, N2)
+    grid = a[:, None] * N2 + c[None, :]
+    real, imaginary = tl.zeros([N1, N2], tl.float32), tl.zeros([N1, N2], tl.float32)
+    for b in range(part * PART, tl.minimum(batch, part * PART + PART)):
+        at = (d * batch + b) * (N1 * N2) + grid
+        v, size = _load_row(x + at)
+        hr, hi = _transform(v, f1, f2, twiddle, N1, N2)
+        hr, hi = hr.to(tl.float16), hi.to(tl.float16)  # while the next transform needs the registers
+        v, scale = _load_row(g + at)
+        gr, gi = _transform(v, f1, f2, twiddle, N1, N2)
+        real += (hr * gr + hi * gi) * (size * scale)
+        imaginary += (hr * gi - hi * gr) * (size * scale)
+    at = sums + (part * channels + d) * (2 * N1 * N2) + grid
+    tl.store(at, real)
+    tl.store(at + N1 * N2, imaginary)
+
+
+@_jit("parts", "lags", "ahead")
+def collect_rows(
+    sums,
+    d_kernel,
+    d_reverse,
+    lags,
+    ahead,
+    parts,
+    f1,
+    f2,
+    twiddle,
+    AHEAD: tl.constexpr,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+):
+    """Gradients of the taps: the real part of the inverse transform at lag l, and minus the imaginary one at N - l."""
+    d = tl.program_id(0).to(tl.int64)
+    a, c = tl.arange(0, N1), tl.arange(0, N2)
+    grid, square = a[:, None] * N2 + c[None, :], a[:, None] * N1 + a[None, :]
+    real, imaginary = tl.zeros([N1, N2], tl.float32), tl.zeros([N1, N2], tl.float32)
+    for part in range(parts):
+        at = sums + (part * tl.num_programs(0) + d) * (2 * N1 * N2) + grid
+        real += tl.load(at)
+        imaginary += tl.load(at + N1 * N2)
+    top = power_of(real, imaginary)
+    er, ei = _half_inverse((real / top).to(tl.float16), (imaginary / top).to(tl.float16), f2, twiddle, N1, N2)
+    tr, ti = tl.load(f1 + 2 * N1 * N1 + square), tl.load(f1 + 3 * N1 * N1 + square)
+    size = top * tl.sqrt((N1 * N2) * 1.0)
+    past = tl.dot(ti, ei, tl.dot(tr, er)) * size
+    tl.store(d_kernel + d * lags + grid, past.to(d_kernel.dtype.element_ty), mask=grid < lags)
+    if AHEAD:
+        future = tl.dot(ti, er, tl.dot(tr, -ei)) * size
+        lag = N1 * N2 - grid
+        tl.store(d_reverse + d * ahead + lag - 1, future.to(d_reverse.dtype.element_ty), mask=lag <= ahead)

@@ -1,0 +1,78 @@
+"""Rows of one sequence a channel, and factors of the transforms on the circle z^N = i, for the methods that use both.
+
+Row (d, b) of [D, B, N] is channel d of batch b: N times, of which the last may be zeros.
+"""
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from chela.ops.long_conv import kernels
+
+BLOCK, CHANNELS = 128, 64
+"""Times and channels in a tile of the passes that transpose."""
+
+
+def to_rows(x: Tensor, front: int, n: int) -> Tensor:
+    """[B, T, D] -> [D, B, N], `front` zeros before it and zeros behind; N is a multiple of 128."""
+    batch, length, channels = x.shape
+    out = x.new_empty(channels, batch, n)
+    kernels.to_blocks[(batch * (n // BLOCK), triton.cdiv(channels, CHANNELS))](
+        x,
+        out,
+        length,
+        batch,
+        channels,
+        front,
+        n // 16,
+        *x.stride(),
+        n,
+        BLOCK,
+        batch * n,
+        BLOCK=BLOCK,
+        CHANNELS=CHANNELS,
+        num_warps=4,
+    )
+    return out
+
+
+def from_rows(rows: Tensor, out: Tensor, start: int) -> Tensor:
+    """[D, B, N] from time `start` on -> `out` [B, T, D], contiguous."""
+    batch, length, channels = out.shape
+    n = rows.shape[2]
+    kernels.from_blocks[(batch * triton.cdiv(start + length, BLOCK), triton.cdiv(channels, CHANNELS))](
+        rows,
+        out,
+        length,
+        batch,
+        channels,
+        start,
+        n // 16,
+        n,
+        BLOCK,
+        batch * n,
+        length * channels,
+        channels,
+        BLOCK=BLOCK,
+        CHANNELS=CHANNELS,
+        num_warps=4,
+    )
+    return out
+
+
+def turns(x: Tensor) -> Tensor:
+    """exp(2 pi i x) of float64 x."""
+    return torch.polar(torch.ones_like(x), 2 * math.pi * x)
+
+
+def count(n: int) -> Tensor:
+    """0 .. n-1 in float64, on the CPU whatever the default device."""
+    return torch.arange(n, dtype=torch.float64, device="cpu")
+
+
+def parts(z: Tensor, dtype: torch.dtype, device: torch.device, *, transpose: bool = False) -> Tensor:
+    """Real and imaginary parts [2, ...] of a matrix and, asked for, of its transpose [4, ...]."""
+    both = [z.real, z.imag, z.real.T, z.imag.T] if transpose else [z.real, z.imag]
+    return torch.stack(both).to(device, dtype)
