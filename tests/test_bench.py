@@ -1,15 +1,18 @@
 import csv
 import io
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
-from chela.evaluation import bench, bench_cases
+from chela.evaluation import bench, bench_cases, bench_plot, curves
 from chela.evaluation.bench import COLUMNS, run_bench
 from chela.evaluation.bench_cases import SUITES
-from chela.evaluation.timing import measure
+from chela.evaluation.bench_peers import FEW
+from chela.evaluation.bench_suite import Contender
+from chela.evaluation.timing import copy_speed, measure
 
 CPU = torch.device("cpu")
 SMALL = {"B": 1, "T": 9, "H": 2, "K": 4, "V": 4, "D": 4, "W": 3, "L": 9}
@@ -43,6 +46,11 @@ def test_every_suite_is_checked_timed_and_recorded(tmp_path, console):
             {"decode": 1}.get(row["op"].split(",")[0], 9) * 1000 / float(row["median_ms"]), rel=1e-3
         )
         assert row["torch"] == torch.__version__
+        assert float(row["copy_gb_per_s"]) > 0.1
+        assert bool(row["floor_ms"]) == ("decode" not in row["op"])
+        if row["floor_ms"]:
+            ratio = float(row["median_ms"]) / float(row["floor_ms"])
+            assert float(row["ratio_to_floor"]) == pytest.approx(ratio, rel=1e-3)
         assert all(row[fact] for fact in ("device", "dtype", "chela", "python", "date", "threads", "shape"))
         ours = row["implementation"].startswith("chela")
         assert bool(row["worst_relative_error"]) == ours, (
@@ -74,15 +82,109 @@ def test_nothing_is_timed_that_fails_its_check(tmp_path, console, monkeypatch):
 def test_peers_do_the_same_job_where_they_can(op):
     """Softmax attention is another function; the others must give our numbers in the layout they like."""
     suite = SUITES[op][0]
-    inputs = suite.make(suite.check, torch.float64, CPU)
+    inputs = suite.make(suite.check, dtype=torch.float64, device=CPU)
     expected = suite.plain(**inputs)
     for contender in suite.contenders:
-        if contender.impl == "triton" or "softmax" in contender.name:
+        if contender.impl == "triton" or "softmax" in contender.name or contender.package != "torch":
             continue
         found = contender.run(**contender.prepare(inputs, suite.check))
         if not contender.impl:
             found = found.transpose(1, 2)  # peers of the convolutions like [B, D, T]
         torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10, msg=contender.name)
+
+
+def test_the_floor_is_the_time_of_a_copy_of_all_that_is_read_and_written(tmp_path, console, monkeypatch):
+    monkeypatch.setattr(bench, "copy_speed", lambda *words: 1e6)  # bytes a second
+    shape = {"B": 2, "T": 9, "H": 3, "K": 4, "V": 5}
+    forward, both, *_ = run_bench(
+        ["linear-attention"], out=tmp_path / "b.csv", device="cpu", seconds=0, console=console,
+        shapes={"linear-attention": (shape,)},
+    )  # fmt: skip
+    q, v = 4 * 2 * 9 * 3 * 4, 4 * 2 * 9 * 3 * 5  # bytes
+    assert (forward["pass"], both["pass"]) == ("forward", "forward+backward")
+    assert float(str(forward["floor_ms"])) == pytest.approx(1e-3 * (q + q + v + v), rel=1e-4)
+    assert float(str(both["floor_ms"])) == pytest.approx(1e-3 * (6 * q + 5 * v), rel=1e-4)
+
+
+def test_peers_that_are_not_there_or_fail_are_named_and_left_out(tmp_path, console, monkeypatch):
+    (short,) = SUITES["short-conv"]
+
+    def broken(**inputs):
+        raise RuntimeError("no such\nkernel")
+
+    others = (Contender("gone", broken, package="no_such_package"), Contender("broken", broken))
+    contenders = (*short.contenders, *others, Contender("elsewhere", broken, only=({"T": 1},)))
+    monkeypatch.setitem(bench_cases.SUITES, "short-conv", (replace(short, contenders=contenders),))
+    words: Any = {"out": tmp_path / "b.csv", "device": "cpu", "seconds": 0, "shapes": SHAPES, "console": console}
+    rows = run_bench(["short-conv"], **words)
+    assert {row["implementation"] for row in rows} == {"chela reference", "torch conv1d, silu"}
+    text = table(console)
+    assert "gone: skipped, no_such_package is not installed" in text
+    assert "broken at B1 T9 D4 W3: RuntimeError: no such kernel" in text
+    assert "elsewhere" not in text
+    rows = run_bench(["short-conv"], peers=False, **words)
+    assert {row["implementation"] for row in rows} == {"chela reference"}
+
+
+def test_peers_that_tune_themselves_meet_shapes_that_are_timed():
+    (attention,) = SUITES["linear-attention"]
+    for shape in FEW:
+        assert shape in attention.shapes["cuda"]
+    fla = [c for c in attention.contenders if c.package == "fla"]
+    assert len(fla) == 2
+    for contender in fla:
+        taken = [s for s in attention.shapes["cuda"] if contender.takes(s, torch.device("cuda"))]
+        assert len(taken) == len(FEW)
+    (sdpa,) = [c for c in attention.contenders if "SDPA" in c.name]
+    assert max(s["T"] for s in attention.shapes["cuda"] if sdpa.takes(s, torch.device("cuda"))) == 16_384
+    lengths = {s["T"] for s in attention.shapes["cuda"] if s["H"] == 8}
+    assert {min(lengths), max(lengths)} == {128, 2**20}
+    assert {s["B"] * s["T"] for s in attention.shapes["cuda"] if s["T"] <= 2**17} == {2**17}
+
+
+def test_plots_of_all_lengths_are_written_beside_the_table(tmp_path, console):
+    shapes = tuple({"B": 1, "T": t, "H": 2, "K": 4, "V": 4} for t in (8, 16, 64))
+    out = tmp_path / "b.csv"
+    run_bench(["linear-attention"], out=out, device="cpu", seconds=0, shapes={"linear-attention": shapes},
+              console=console)  # fmt: skip
+    plot = tmp_path / "b-linear-attention-H2-K4-V4"
+    assert f"plot: {plot}.svg and .png" in table(console).replace("\n", "")
+    assert plot.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    svg = plot.with_suffix(".svg").read_text(encoding="utf-8")
+    for words in ("linear-attention, H2 K4 V4", "chela reference", "torch SDPA, softmax", "floor: a copy"):
+        assert f"<!-- {words}" in svg  # text is drawn as paths, with the words in a comment
+    # every measurement is a point of its curve, lost or won: 3 lengths, 2 contenders, 2 passes, 2 measures
+    assert svg.count("<use xlink:href") >= 3 * 2 * 2 * 2
+
+
+def test_no_plot_without_matplotlib_or_without_several_lengths(tmp_path, console, monkeypatch):
+    rows = run_bench(["short-conv"], out=tmp_path / "b.csv", device="cpu", seconds=0, shapes=SHAPES, console=console)
+    assert bench_plot.write(rows, tmp_path / "b.csv") == []
+    longer = [row | {"shape": str(row["shape"]).replace("T9", "T18")} for row in rows]
+    monkeypatch.setattr(bench_plot, "available", lambda: False)
+    (line,) = bench_plot.write(rows + longer, tmp_path / "b.csv")
+    assert line == "no plots: matplotlib is not installed (install chela[plot])"
+    monkeypatch.setattr(bench_plot, "available", curves.available)
+    assert len(bench_plot.write(rows + longer, tmp_path / "b.csv")) == 1
+
+
+@pytest.mark.gpu
+def test_times_on_a_gpu_are_the_devices_own():
+    device = torch.device("cuda")
+    small, large = torch.zeros(8, device=device), torch.zeros(2**29, dtype=torch.uint8, device=device)
+
+    def many_launches():
+        for _ in range(20):
+            small.add_(1)
+
+    assert measure(many_launches, device, 0.1).median < 0.2  # 20 kernels of a few microseconds, not of their launches
+    speed = copy_speed(device)
+    once = measure(lambda: large.add_(1), device, 0.1).median
+    assert 0.5 < 2 * large.nbytes / (once / 1000) / speed < 1.5
+
+
+def test_a_copy_has_a_speed():
+    assert 1e8 < copy_speed(CPU, 0) < 1e13
 
 
 def test_a_measurement_repeats_until_its_time_is_spent():

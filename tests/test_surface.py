@@ -63,7 +63,7 @@ OPTIONS = {
     "eval": "--split --data.root --batch-size --device",
     "generate": "--prompt --max-new-tokens --temperature --top-k --top-p --seed --device",
     "data": "--root",
-    "bench": "--device --dtype --seconds --out",
+    "bench": "--device --dtype --seconds --peers --out",
     "report": "--out",
     "doctor": "--root --selftest",
 }

@@ -147,20 +147,23 @@ def bench(
     device: Device = "auto",
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     seconds: float = 0.3,
+    peers: bool = True,
     out: Path = Path("bench.csv"),
 ) -> None:
-    """Check, then time the ops over a range of lengths, beside torch's own where there are any.
+    """Check, then time the ops over a range of lengths, beside others and beside the speed of a plain copy.
 
     Args:
         ops: Any of linear-attention, short-conv, long-conv, decode; all when left out.
         device: Where to compute; auto takes the GPU when there is one.
         dtype: Type of the inputs; auto is bfloat16 on a GPU, float32 on a CPU.
         seconds: Time spent on each measurement.
-        out: Table of all measurements, with versions and device in every row.
+        peers: Also time torch's own ops and, where installed, flash-linear-attention, which takes minutes to tune
+            itself, and lightning attention.
+        out: Table of all measurements, with versions and device in every row; plots are written beside it.
     """
     from chela.evaluation.bench import run_bench
 
-    run_bench(ops, device=device, dtype=dtype, seconds=seconds, out=out)
+    run_bench(ops, device=device, dtype=dtype, seconds=seconds, peers=peers, out=out)
 
 
 def report(runs: RunPaths, out: Path | None = None) -> None:

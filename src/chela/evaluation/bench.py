@@ -1,4 +1,8 @@
-"""`chela bench`: every implementation is checked first, then timed; a table to read and a CSV to keep."""
+"""`chela bench`: every implementation is checked first, then timed; a table to read, a CSV and plots to keep.
+
+The floor of a pass is the time a plain copy needs for its bytes, measured in the same run: forward, every input is read
+and the output written once; backward, inputs and the output's gradient are read and the inputs' gradients written.
+"""
 
 import csv
 import datetime
@@ -15,9 +19,11 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from chela.evaluation.bench_cases import SUITES, Contender, Inputs, Shape, Suite
+from chela.evaluation import bench_plot
+from chela.evaluation.bench_cases import SUITES
+from chela.evaluation.bench_suite import Contender, Inputs, Shape, Suite
 from chela.evaluation.runs import place
-from chela.evaluation.timing import Time, measure
+from chela.evaluation.timing import Time, copy_speed, measure
 from chela.ops.impl import resolve
 from chela.ops.testing import check_op, draw
 from chela.record import nearest
@@ -27,6 +33,7 @@ from chela.training.journal import surroundings
 PASSES = ("forward", "forward+backward")
 COLUMNS = (
     *("op", "implementation", "shape", "dtype", "pass", "median_ms", "low_ms", "high_ms", "repeats", "tokens_per_s"),
+    *("floor_ms", "ratio_to_floor", "copy_gb_per_s"),
     *("worst_relative_error", "device", "threads", "chela", "torch", "triton", "python", "commit", "date"),
 )
 
@@ -38,6 +45,8 @@ class Measured:
     contender: Contender
     shape: Shape
     times: dict[str, Time] = field(default_factory=dict)
+    floors: dict[str, float] = field(default_factory=dict)
+    """Milliseconds by pass; none where a copy's speed is not the limit."""
     error: float | None = None
     """Largest relative error of a value or gradient in the check; None for a peer."""
 
@@ -49,10 +58,11 @@ def run_bench(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     seconds: float = 0.3,
+    peers: bool = True,
     shapes: dict[str, tuple[Shape, ...]] | None = None,
     console: Console | None = None,
 ) -> list[dict[str, object]]:
-    """Check and time ops, print tables and write every measurement to a CSV file.
+    """Check and time ops, print tables and write every measurement to a CSV file, with plots beside it.
 
     Args:
         ops: names of suites; none for all.
@@ -60,6 +70,7 @@ def run_bench(
         device: where to compute.
         dtype: of the inputs; auto is bfloat16 on a GPU.
         seconds: spent on each measurement.
+        peers: also time others who do the same job, where they are installed.
         shapes: other shapes than the suites' own, by op.
         console: where the tables are printed.
 
@@ -80,18 +91,24 @@ def run_bench(
     with _open(out) as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
+        speed = copy_speed(where, min(seconds, 0.3))
+        provenance["copy_gb_per_s"] = f"{speed / 1e9:.5g}"
         console.print(_headline(provenance, kind), highlight=False, markup=False)
+        console.print(f"a copy: {speed / 1e9:,.0f} GB/s, read and written", highlight=False, markup=False)
         for suite in (suite for name in ops or SUITES for suite in SUITES[name]):
             errors = _check(suite, kind, where)
+            entrants = _entrants(suite, errors, peers, console)
             measured = []
             for shape in (shapes or {}).get(suite.op, suite.shapes[where.type]):
-                measured += _time(suite, shape, errors, kind, where, seconds)
+                measured += _time(suite, shape, entrants, errors, kind, where, seconds, speed, console)
             new = [row | provenance for m in measured for row in _rows(suite, m, kind)]
             writer.writerows(new)
             file.flush()
             rows += new
             console.print(_table(suite, measured))
     console.print(f"{len(rows)} measurements with their 20 and 80 % quantiles in {out}", highlight=False, markup=False)
+    for line in bench_plot.write(rows, out):
+        console.print(line, highlight=False, markup=False)
     return rows
 
 
@@ -104,7 +121,7 @@ def _open(out: Path) -> TextIO:
 
 def _check(suite: Suite, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """Hold values and gradients of all our implementations that run here to float64; largest relative errors."""
-    inputs = suite.make(suite.check, dtype, device)
+    inputs = suite.make(suite.check, dtype=dtype, device=device)
     checked = {}
     for contender in suite.contenders:
         if contender.impl and all(_runs(contender.impl, device, op) for op in suite.uses):
@@ -126,34 +143,74 @@ def _runs(impl: str, device: torch.device, op: str) -> bool:
     return True
 
 
-def _time(
-    suite: Suite, shape: Shape, errors: dict[str, float], dtype: torch.dtype, device: torch.device, seconds: float
-) -> list[Measured]:
-    inputs = suite.make(shape, dtype, device)
-    measured = []
+def _entrants(suite: Suite, errors: dict[str, float], peers: bool, console: Console) -> list[Contender]:
+    """Ours that passed their check, and the peers that are wanted and installed."""
+    entrants = []
     for contender in suite.contenders:
-        if contender.name not in errors if contender.impl else shape["T"] > contender.longest(device.type):
+        if contender.impl:
+            entrants += [contender] * (contender.name in errors)
+        elif peers and contender.missing():
+            console.print(
+                f"{contender.name}: skipped, {contender.package} is not installed", highlight=False, markup=False
+            )
+        elif peers:
+            entrants.append(contender)
+    return entrants
+
+
+def _time(
+    suite: Suite,
+    shape: Shape,
+    entrants: Sequence[Contender],
+    errors: dict[str, float],
+    dtype: torch.dtype,
+    device: torch.device,
+    seconds: float,
+    speed: float,
+    console: Console,
+) -> list[Measured]:
+    inputs = suite.make(shape, dtype=dtype, device=device, on_device=True)
+    measured = []
+    for contender in entrants:
+        if not contender.takes(shape, device):
             continue
-        times = _measure(contender, contender.prepare(inputs, shape), suite.backward, device, seconds)
-        measured.append(Measured(contender, shape, times, errors.get(contender.name)))
+        try:
+            times, out = _measure(contender, contender.prepare(inputs, shape), suite.backward, device, seconds)
+        except Exception as error:
+            if contender.impl:
+                raise
+            said = " ".join(str(error).split())[:200]  # a peer that cannot is a finding, no reason to stop
+            where = f"{contender.name} at {_shape(shape)}"
+            console.print(f"{where}: {type(error).__name__}: {said}", highlight=False, markup=False)
+            continue
+        floors = _floors(inputs, out, speed) if suite.floor else {}
+        measured.append(Measured(contender, shape, times, floors, errors.get(contender.name)))
     return measured
 
 
 def _measure(
     contender: Contender, inputs: Inputs, backward: bool, device: torch.device, seconds: float
-) -> dict[str, Time]:
+) -> tuple[dict[str, Time], int]:
+    """Times by pass, and the bytes of the output."""
     with torch.no_grad():
         times = {"forward": measure(lambda: contender.run(**inputs), device, seconds)}
-        shape = contender.run(**inputs)
+        out = contender.run(**inputs)
     if backward:
         leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
-        cotangent = draw(*shape.shape, seed=9, dtype=shape.dtype, device=device)
+        cotangent = draw(*out.shape, seed=9, dtype=out.dtype, device=device, on_device=True)
 
         def both() -> tuple[Tensor, ...]:
             return torch.autograd.grad(contender.run(**leaves), tuple(leaves.values()), cotangent)
 
         times["forward+backward"] = measure(both, device, seconds)
-    return times
+    return times, out.nbytes
+
+
+def _floors(inputs: Inputs, out: int, speed: float) -> dict[str, float]:
+    """Milliseconds by pass, given the bytes of the output and those copied in a second."""
+    read = sum(x.nbytes for x in inputs.values())
+    forward = read + out
+    return {"forward": 1000 * forward / speed, "forward+backward": 1000 * (forward + read + out + read) / speed}
 
 
 def _rows(suite: Suite, m: Measured, dtype: torch.dtype) -> list[dict[str, object]]:
@@ -169,6 +226,8 @@ def _rows(suite: Suite, m: Measured, dtype: torch.dtype) -> list[dict[str, objec
             "high_ms": f"{time.high:.5g}",
             "repeats": time.repeats,
             "tokens_per_s": f"{1000 * suite.tokens(m.shape) / time.median:.5g}",
+            "floor_ms": f"{m.floors[name]:.5g}" if m.floors else "",
+            "ratio_to_floor": f"{time.median / m.floors[name]:.5g}" if m.floors else "",
             "worst_relative_error": "" if m.error is None else f"{m.error:.3g}",
         }
         for name, time in m.times.items()
@@ -176,14 +235,16 @@ def _rows(suite: Suite, m: Measured, dtype: torch.dtype) -> list[dict[str, objec
 
 
 def _table(suite: Suite, measured: Sequence[Measured]) -> Table:
-    """Median times; for ours also how often they fit into the fastest peer's time, above 1 won, below 1 lost."""
+    """Median times, in floors too; for ours how often they fit into the fastest peer's: above 1 won, below lost."""
     passes = PASSES if suite.backward else PASSES[:1]
     table = Table(title=suite.op, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=0)
-    table.add_column("", no_wrap=True, min_width=25)
+    table.add_column("", no_wrap=True, min_width=22)
     for name in passes:
         table.add_column(f"{name.removeprefix('forward') or name}\nms", justify="right", min_width=9)
-        table.add_column("peer\n/ ours", justify="right", min_width=6)
-    table.add_column(f"tokens/s\n{passes[-1].removeprefix('forward')}", justify="right", min_width=12)
+        if suite.floor:
+            table.add_column("ms /\nfloor", justify="right", min_width=5)
+        table.add_column("peer\n/ours", justify="right", min_width=5)
+    table.add_column(f"tokens/s\n{passes[-1].removeprefix('forward')}", justify="right", min_width=11)
     for shape in {_shape(m.shape): m.shape for m in measured}.values():
         here = [m for m in measured if m.shape == shape]
         peers = [m for m in here if not m.contender.impl]
@@ -193,10 +254,16 @@ def _table(suite: Suite, measured: Sequence[Measured]) -> Table:
             for name in passes:
                 best = min((peer.times[name].median for peer in peers), default=None)
                 ratio = best / m.times[name].median if best and m.contender.impl else None
-                won = Text(f"{ratio:.2f}", style="green" if ratio >= 1 else "red") if ratio else ""
-                cells += [f"{m.times[name].median:.3f}", won]
+                won = Text(_ratio(ratio), style="green" if ratio >= 1 else "red") if ratio else ""
+                cells += [f"{m.times[name].median:.3f}"]
+                cells += [_ratio(m.times[name].median / m.floors[name])] if m.floors else []
+                cells += [won]
             table.add_row(*cells, f"{1000 * suite.tokens(shape) / m.times[passes[-1]].median:,.0f}")
     return table
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
 
 
 def _shape(shape: Shape) -> str:

@@ -5,62 +5,31 @@ layout it likes best, and getting there is not timed.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from chela.evaluation.bench_peers import FLA_CHUNK, FLA_FUSED, LIGHTNING, OWN_SHAPE, SDPA
+from chela.evaluation.bench_suite import Contender, Inputs, Shape, Suite
 from chela.ops import linear_attention, linear_attention_step, long_conv, long_conv_step, short_conv, short_conv_step
 from chela.ops.impl import Impl
 from chela.ops.linear_attention.reference import quadratic
 from chela.ops.short_conv.reference import taps
 from chela.ops.testing import draw, linear_attention_inputs, long_conv_inputs, short_conv_inputs
 
-Shape = dict[str, int]
-Inputs = dict[str, Tensor]
+IMPLS: tuple[Impl, ...] = ("triton", "reference")
 
 
-@dataclass(frozen=True)
-class Contender:
-    """One way to do a job."""
-
-    name: str
-    run: Callable[..., Tensor]
-    """From inputs to the output."""
-    impl: str = ""
-    """Which implementation of ours; empty for a peer."""
-    prepare: Callable[[Inputs, Shape], Inputs] = lambda inputs, shape: inputs
-    """Puts the suite's inputs into the layout and under the names that `run` wants; not timed."""
-    longest: Callable[[str], int] = lambda device: 2**62
-    """Largest T worth waiting for on a kind of device."""
-
-
-@dataclass(frozen=True)
-class Suite:
-    """One op and all who do its job."""
-
-    op: str
-    uses: tuple[str, ...]
-    """The ops of ours that it calls."""
-    make: Callable[[Shape, torch.dtype, torch.device], Inputs]
-    """Random inputs of a shape; gradients are taken with respect to all of them."""
-    plain: Callable[..., Tensor]
-    """The plain implementation that the checks hold ours to."""
-    contenders: tuple[Contender, ...]
-    shapes: dict[str, tuple[Shape, ...]]
-    """For each kind of device."""
-    check: Shape
-    """A small, odd shape for the checks."""
-    backward: bool = True
-    tokens: Callable[[Shape], int] = lambda shape: shape["B"] * shape["T"]
-
-
-def _ours(run: Callable[..., Tensor], impls: Sequence[Impl] = ("triton", "reference")) -> tuple[Contender, ...]:
+def _ours(run: Callable[..., Tensor]) -> tuple[Contender, ...]:
     def bound(impl: Impl) -> Callable[..., Tensor]:
         return lambda **inputs: run(**inputs, impl=impl)
 
-    return tuple(Contender(f"chela {impl}", bound(impl), impl=impl) for impl in impls)
+    def longest(impl: Impl) -> Callable[[str], int]:
+        return lambda device: 131_072 if impl == "reference" and device == "cuda" else 2**62
+
+    return tuple(Contender(f"chela {impl}", bound(impl), impl=impl, longest=longest(impl)) for impl in IMPLS)
 
 
 def _lengths(base: Shape, lengths: Sequence[int], tokens: int = 0) -> tuple[Shape, ...]:
@@ -70,30 +39,27 @@ def _lengths(base: Shape, lengths: Sequence[int], tokens: int = 0) -> tuple[Shap
 
 CPU_LENGTHS = (128, 512, 2048, 8192, 16_384)
 GPU_LENGTHS = (512, 2048, 8192, 16_384, 131_072)
+ATTENTION_LENGTHS = (128, 512, 2048, 8192, 16_384, 32_768, 65_536, 131_072, 262_144, 524_288, 1_048_576)
 GPU_TOKENS = 131_072
 
 
 ATTENTION = Suite(
     op="linear-attention",
     uses=("linear_attention",),
-    make=lambda s, dtype, device: linear_attention_inputs(
-        s["B"], s["T"], s["H"], s["K"], s["V"], dtype=dtype, device=device
-    ),
+    make=lambda s, **options: linear_attention_inputs(s["B"], s["T"], s["H"], s["K"], s["V"], **options),
     plain=lambda q, k, v: quadratic(q, k, v)[0],
     contenders=(
         *_ours(lambda q, k, v, impl: linear_attention(q, k, v, impl=impl)[0]),
-        Contender(
-            "torch SDPA, softmax",
-            lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
-            prepare=lambda inputs, shape: {name: x.transpose(1, 2).contiguous() for name, x in inputs.items()},
-            longest=lambda device: 2048 if device == "cpu" else 32_768,
-        ),
+        SDPA,
+        FLA_CHUNK,
+        FLA_FUSED,
+        LIGHTNING,
     ),
     shapes={
         "cpu": _lengths({"B": 1, "T": 0, "H": 4, "K": 64, "V": 64}, CPU_LENGTHS),
         "cuda": (
-            *_lengths({"B": 0, "T": 0, "H": 8, "K": 64, "V": 64}, GPU_LENGTHS, GPU_TOKENS),
-            {"B": 64, "T": 2048, "H": 1, "K": 64, "V": 256},
+            *_lengths({"B": 0, "T": 0, "H": 8, "K": 64, "V": 64}, ATTENTION_LENGTHS, GPU_TOKENS),
+            *_lengths(OWN_SHAPE, (128, 2048, 16_384, 131_072, 1_048_576), GPU_TOKENS),
         ),
     },
     check={"B": 2, "T": 333, "H": 3, "K": 24, "V": 40},
@@ -116,9 +82,7 @@ def _fft(x: Tensor, kernel: Tensor) -> Tensor:
 SHORT = Suite(
     op="short-conv",
     uses=("short_conv",),
-    make=lambda s, dtype, device: short_conv_inputs(
-        s["B"], s["T"], s["D"], s["W"], bias=False, dtype=dtype, device=device
-    ),
+    make=lambda s, **options: short_conv_inputs(s["B"], s["T"], s["D"], s["W"], bias=False, **options),
     plain=lambda x, weight: F.silu(taps(F.pad(x, (0, 0, weight.shape[1] - 1, 0)), weight.to(x.dtype), None)),
     contenders=(
         *_ours(lambda x, weight, impl: short_conv(x, weight, activation="silu", impl=impl)[0]),
@@ -141,7 +105,7 @@ SHORT = Suite(
 LONG = Suite(
     op="long-conv",
     uses=("long_conv",),
-    make=lambda s, dtype, device: long_conv_inputs(s["B"], s["T"], s["D"], s["L"], dtype=dtype, device=device),
+    make=lambda s, **options: long_conv_inputs(s["B"], s["T"], s["D"], s["L"], **options),
     plain=lambda x, kernel: _fft(x.transpose(1, 2), kernel).transpose(1, 2),
     contenders=(
         *_ours(lambda x, kernel, impl: long_conv(x, kernel, impl=impl)[0]),
@@ -172,8 +136,8 @@ LONG = Suite(
 # attention keeps T keys and values, and the long convolution its last T inputs, with a kernel of as many taps.
 
 
-def _one_token(s: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
-    inputs = linear_attention_inputs(s["B"], 1, s["H"], s["K"], s["K"], state=True, dtype=dtype, device=device)
+def _one_token(s: Shape, **options: Any) -> Inputs:
+    inputs = linear_attention_inputs(s["B"], 1, s["H"], s["K"], s["K"], state=True, **options)
     return {name: x if name == "state" else x.squeeze(1) for name, x in inputs.items()}
 
 
@@ -181,7 +145,7 @@ def _with_cache(inputs: Inputs, shape: Shape) -> Inputs:
     """A query [B, H, 1, K], and keys and values of T tokens [B, H, T, K]."""
     q = inputs["q"]
     sizes = (len(q), q.shape[1], shape["T"], q.shape[2])
-    keys, values = (draw(*sizes, seed=seed, dtype=q.dtype, device=q.device) for seed in (1, 2))
+    keys, values = (draw(*sizes, seed=seed, dtype=q.dtype, device=q.device, on_device=True) for seed in (1, 2))
     return {"query": q.unsqueeze(2), "key": keys, "value": values}
 
 
@@ -190,9 +154,9 @@ def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> Tensor:
     return torch.einsum("bhk,bhkv->bhv", q.to(after.dtype), after).to(q.dtype)
 
 
-def _one_input(s: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
-    short = short_conv_inputs(s["B"], 1, s["D"], 4, bias=False, state=True, dtype=dtype, device=device)
-    long = long_conv_inputs(s["B"], 1, s["D"], s["T"], state=s["T"] - 1, seed=10, dtype=dtype, device=device)
+def _one_input(s: Shape, **options: Any) -> Inputs:
+    short = short_conv_inputs(s["B"], 1, s["D"], 4, bias=False, state=True, **options)
+    long = long_conv_inputs(s["B"], 1, s["D"], s["T"], state=s["T"] - 1, seed=10, **options)
     inputs = {"x": short["x"].squeeze(1), "weight": short["weight"], "short": short["state"]}
     return inputs | {"kernel": long["kernel"], "long": long["state"]}
 
@@ -222,6 +186,7 @@ DECODE_ATTENTION = Suite(
     },
     check={"B": 2, "T": 333, "H": 3, "K": 24},
     backward=False,
+    floor=False,
     tokens=lambda shape: shape["B"],
 )
 
@@ -237,6 +202,7 @@ DECODE_CONVOLUTIONS = Suite(
     },
     check={"B": 2, "T": 333, "D": 24},
     backward=False,
+    floor=False,
     tokens=lambda shape: shape["B"],
 )
 

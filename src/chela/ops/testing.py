@@ -25,6 +25,7 @@ def draw(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     layout: Layout = "contiguous",
+    on_device: bool = False,
 ) -> Tensor:
     """Draw standard normal numbers, the same for every dtype, device and layout up to rounding.
 
@@ -35,11 +36,13 @@ def draw(
         device: moved to, from the CPU.
         layout: "sliced" is a part of a wider tensor (the last axis still has stride 1), as after splitting a
             projection; in "transposed" the last axis does not have stride 1.
+        on_device: draw on the device itself, which for large tensors is far quicker, and other numbers on each kind.
 
     Returns:
         The tensor, a leaf that requires no gradient.
     """
-    values = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    source, kind = (device, torch.float32) if on_device else ("cpu", torch.float64)
+    values = torch.randn(shape, dtype=kind, device=source, generator=torch.Generator(source).manual_seed(seed))
     values = values.to(dtype).to(device)
     if layout == "sliced":
         return torch.cat([values, values], dim=-1)[..., shape[-1] :]
