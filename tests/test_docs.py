@@ -115,7 +115,7 @@ def test_options_exist(page):
     known |= {"--help", "--version", "--nproc-per-node"}
     for code in inline_code(page):
         for option in re.findall(r"(?<!\S)(--[a-z][a-z_.-]*[a-z])(?=$|[\s=])", code):
-            plain = option.replace(".no-", ".")
+            plain = option.replace(".no-", ".").replace("--no-", "--")
             assert plain in known, code
 
 
