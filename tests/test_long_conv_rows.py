@@ -1,0 +1,182 @@
+"""The long convolution by transforms on the matrix units: rows on the chip, rows in two stages, and when they run.
+
+The rest of what holds for rows on the chip is in `test_long_conv_triton.py`, with the other methods.
+"""
+
+import functools
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from chela.ops import long_conv
+from chela.ops.long_conv import fused, method, on_chip, two_stage
+from chela.ops.long_conv.fourier import fft_conv
+from chela.ops.long_conv.method import choose
+from chela.ops.testing import draw, error_budget, long_conv_inputs, relative_error, values_and_gradients
+from test_long_conv_triton import check, convolve, high_precision, inputs_of, plain  # pyrefly: ignore
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALF, BRAIN = torch.float16, torch.bfloat16
+LONGEST = {"on_chip": 1024, "two_stage": 4096}
+"""Rows in these tests."""
+LEAK = 2**-9
+"""Of the largest entry of a row and of the kernel's frequency response: what the public docstring states."""
+
+
+@pytest.fixture(params=["on_chip", "two_stage"])
+def name(request, monkeypatch):
+    """A method whose choice is taken away, with short rows."""
+    monkeypatch.setitem(two_stage.SIZES, LONGEST["two_stage"], two_stage.Size(16, 16, 16, 4, 1))
+    monkeypatch.setattr(fused, "choose", lambda *sizes: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize(
+    ("length", "lags", "state"), [(1, 1, None), (300, 200, 50), (200, 900, 300)], ids=lambda n: str(n)
+)
+def test_causal_values_states_and_gradients_are_within_the_budget(name, length, lags, state, nan_memory):
+    check(convolve, inputs_of(2, length, 2, lags, state=state, dtype=BRAIN))
+
+
+def test_bidirectional_values_and_gradients_are_within_the_budget(name, nan_memory):
+    check(
+        functools.partial(long_conv, causal=False, impl="triton"), inputs_of(2, 300, 2, 200, reverse=299, dtype=BRAIN)
+    )
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_full_row_never_wraps_around(name, causal):
+    n = LONGEST[name]
+    inputs = inputs_of(1, n, 1, n, reverse=None if causal else n - 1, dtype=HALF)
+    op = convolve if causal else functools.partial(long_conv, causal=False, impl="triton")
+    actual = values_and_gradients(op, inputs)
+    form = functools.partial(plain, form=fft_conv)
+    expected = values_and_gradients(form, {name: x.double() for name, x in inputs.items()}, rounded_to=HALF)
+    for each in actual:
+        assert relative_error(actual[each], expected[each]) <= 2**-9, each
+
+
+def test_more_rows_than_one_program_sums(monkeypatch):
+    monkeypatch.setattr(fused, "choose", lambda *sizes: "on_chip")
+    check(convolve, inputs_of(2 * on_chip.PART + 1, 5, 2, 4, dtype=BRAIN))
+
+
+def kernels_of(lags):
+    """Kernels of many shapes [D, L]: what they pass on is spread over time and frequency in different ways."""
+    t = torch.arange(lags, dtype=torch.float64)
+    now, even = (t == 0).double(), torch.ones(lags, dtype=torch.float64) / lags
+    chirp = torch.cos(0.5 * math.pi * t * t / lags)
+    kernels = [now, even, torch.exp(-t / 50), torch.cos(0.8 * t), chirp, draw(lags, seed=1, dtype=torch.float64)]
+    return torch.stack(kernels).float().to(DEVICE)
+
+
+@pytest.mark.parametrize("future", ["spike", "level", "alternating", "noise", "mixed scales"])
+def test_the_past_feels_the_future_by_no_more_than_is_stated(name, future):
+    length = LONGEST[name] - 24
+    cut, kernel = length // 2, kernels_of(length)[:: 1 if name == "on_chip" else 2]
+    x = draw(1, length, kernel.shape[0], seed=0, dtype=HALF, device=DEVICE)
+    noise = draw(1, length - cut, kernel.shape[0], seed=3, dtype=torch.float64, device=DEVICE)
+    sign = 1 - 2 * (torch.arange(length - cut, device=DEVICE) % 2)[None, :, None]
+    first = torch.zeros_like(noise)
+    first[:, 0] = 3e4
+    changed = x.clone()
+    changed[:, cut:] = {
+        "spike": first,
+        "level": torch.full_like(noise, 1e3),
+        "alternating": 1e3 * sign.expand_as(noise),
+        "noise": 100 * noise,
+        "mixed scales": (10**noise).clamp(max=6e4),
+    }[future].to(HALF)
+    size = 1e-3 if future == "spike" else 1.0  # outputs must stay within float16
+    before, after = (long_conv(each, kernel * size, impl="triton")[0][:, :cut].double() for each in (x, changed))
+    response = torch.fft.rfft(kernel.double() * size, 8 * length).abs().amax(1)  # [D]
+    largest = torch.maximum(x.abs().amax(1), changed.abs().amax(1)).double()  # [1, D]
+    rounding = torch.finfo(HALF).eps / 2 * (before.abs() + after.abs())  # of the outputs
+    assert ((after - before).abs() <= (LEAK * largest * response)[:, None] + rounding).all()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter
+def test_a_number_that_is_not_finite_stays_in_its_row(name):
+    x, kernel = inputs_of(2, 130, 3, 100, dtype=BRAIN).values()
+    clean, _ = long_conv(x, kernel, impl="triton")
+    for poison in (math.nan, math.inf):
+        dirty = x.clone()
+        dirty[1, 70, 2] = poison
+        out, _ = long_conv(dirty, kernel, impl="triton")
+        assert out[1, :, 2].isnan().all()
+        out[1, :, 2] = clean[1, :, 2]
+        assert torch.equal(out, clean)
+
+
+def test_rows_of_any_scale(name):
+    inputs = inputs_of(1, 130, 1, 100, dtype=BRAIN)
+    expected = values_and_gradients(functools.partial(long_conv, impl="triton"), inputs)
+    for power in (2.0**60, 2.0**-60):
+        scaled = {"x": inputs["x"] * power, "kernel": inputs["kernel"] / power}
+        actual = values_and_gradients(functools.partial(long_conv, impl="triton"), scaled)
+        assert torch.equal(actual["out"], expected["out"])
+        assert torch.equal(actual["grad x"], expected["grad x"] / power)
+        assert torch.equal(actual["grad kernel"], expected["grad kernel"] * power)
+    zeros = values_and_gradients(
+        functools.partial(long_conv, impl="triton"), {name: torch.zeros_like(x) for name, x in inputs.items()}
+    )
+    assert all((value == 0).all() for value in zeros.values())
+
+
+def test_the_method_by_shape():
+    for length, expected in [
+        (1, "toeplitz"),
+        (1000, "toeplitz"),
+        (2048, "toeplitz"),
+        (4096, "on_chip"),
+        (8192, "on_chip"),
+        (14_113, "two_stage"),
+        (65_537, "two_stage"),
+        (2**20, "two_stage"),
+        (2**20 + 1, "transform"),
+    ]:
+        for dtype in (HALF, BRAIN):
+            assert choose(dtype, length, length, length, 0) == expected
+            assert choose(dtype, length, length, min(1000, length), 0) == "toeplitz"  # a short kernel
+        for dtype in (torch.float32, torch.float64):
+            assert choose(dtype, length, length, length, 0) == "transform"
+    assert choose(BRAIN, 8192, 1, 8192, 0) == "on_chip"  # a token after a long state
+    assert choose(BRAIN, 2048, 2048, 2048, 2047) == "on_chip"
+
+
+def test_the_choice_knows_the_longest_rows():
+    assert method.LONGEST == {"on_chip": on_chip.LONGEST, "two_stage": two_stage.LONGEST}
+    for sizes in (on_chip.SIZES, two_stage.SIZES):
+        for n, size in sizes.items():
+            assert n == math.prod(value for key, value in size._asdict().items() if key.startswith("n"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [4096, 8192, 14_113, 65_537])
+@pytest.mark.parametrize("causal", [True, False])
+def test_bfloat16_on_a_gpu(length, causal, nan_memory):
+    channels = 24 if length < 20_000 else 6
+    reverse, state = (None, 100) if causal else (length // 2, None)
+    inputs = long_conv_inputs(2, length, channels, length, reverse=reverse, state=state, dtype=BRAIN, device="cuda")
+    op = convolve if causal else functools.partial(long_conv, causal=False, impl="triton")
+    actual, again = (values_and_gradients(op, inputs) for _ in range(2))
+    form = functools.partial(plain, form=fft_conv)
+    low = values_and_gradients(form, inputs)
+    high = values_and_gradients(form, {name: x.double() for name, x in inputs.items()}, rounded_to=BRAIN)
+    for name in actual:
+        assert relative_error(actual[name], high[name]) <= 0.006, name
+        error = (actual[name].double() - high[name]).abs().max().item()
+        assert error <= error_budget(low[name], high[name], actual[name].dtype), name
+        assert torch.equal(actual[name], again[name]), name
+
+
+@pytest.mark.gpu
+def test_the_longest_row_on_a_gpu():
+    inputs = long_conv_inputs(1, 2**20, 2, 2**20, dtype=BRAIN, device="cuda")
+    actual = values_and_gradients(functools.partial(long_conv, impl="triton"), inputs)
+    wide = {name: x.double() for name, x in inputs.items()}
+    for name, value in values_and_gradients(high_precision, wide, rounded_to=BRAIN).items():
+        assert relative_error(actual[name], value) <= 0.006, name
