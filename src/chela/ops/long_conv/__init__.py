@@ -24,9 +24,19 @@ def long_conv(
 
     With a reverse kernel, `sum_{l >= 1} reverse_kernel[:, l-1] x_{t+l}` is added. The convolution is linear, never
     circular: beyond the ends x is zero. Lags that reach beyond both x and the state are ignored, so a kernel may be
-    longer or shorter than T. Sums and Fourier transforms are in float32 (float64 for float64); the transform's
-    rounding error is relative to the largest entry of a row, so in the causal form the past can feel the future by
-    that much.
+    longer or shorter than T.
+
+    Precision: the reference, and any implementation of float32 and float64, sums and transforms in float32 (float64
+    for float64). In 16 bits Triton has two kinds of methods. Toeplitz tiles multiply numbers in the input's dtype,
+    and the past does not feel the future by a bit. Transforms on the matrix units divide each row of time, [T] of a
+    channel, by a power of two and multiply in float16: the relative error of output and gradients is at most 0.006 in
+    bfloat16, most of it the rounding of the result, and 0.002 in float16. Any transform's rounding is relative to the largest entry of a row, so in the causal form the past can feel the future. On the matrix
+    units, whatever comes later moves an output by at most 2^-9 max_t |x_t| max_w |K_w|, apart from the rounding of
+    the output itself; K_w is the kernel's frequency response, never larger than sum_l |kernel_l|. The bound is
+    tested, not proven. Rows whose largest entry is below 1e-30 lose precision there.
+
+    A NaN or an infinity makes all of its row NaN where a transform runs, the past too (in a kernel, all of its
+    channel); other channels and other rows of the batch stay as they are. A sum over lags spreads it to what sees it.
 
     Args:
         x: input [B, T, D].
@@ -39,9 +49,9 @@ def long_conv(
         return_state: also return the last min(S + T, L-1) inputs.
         cu_seqlens: int32 [N+1], ends of N documents packed along T with B = 1: starts at 0, never decreases, may
             repeat (empty documents), ends at T. A document's numbers never depend on its neighbours.
-        impl: "auto", "triton" or "reference". Triton takes 16-bit inputs whose outputs see up to a few thousand lags,
-            and packed ones, by Toeplitz tiles, with taps rounded to the input's dtype: then the past does not feel
-            the future by a bit. All else it takes by transforms (`chela.ops.long_conv.method`).
+        impl: "auto", "triton" or "reference". Triton takes 16-bit inputs by Toeplitz tiles where outputs see up to one
+            or a few thousand lags, and packed ones; up to 2^20 inputs by transforms on the matrix units; all else by
+            torch's transforms between fused passes (`chela.ops.long_conv.method`).
 
     Returns:
         Output [B, T, D] in x's dtype, and the state [B, min(S + T, L-1), D] (packed: [N, L-1, D], with zeros in
