@@ -28,12 +28,13 @@ def long_conv(
 
     Precision: the reference, and any implementation of float32 and float64, sums and transforms in float32 (float64
     for float64). In 16 bits Triton has two kinds of methods. Toeplitz tiles multiply numbers in the input's dtype,
-    and the past does not feel the future by a bit. Transforms on the matrix units divide each row of time, [T] of a
-    channel, by a power of two and multiply in float16: the relative error of output and gradients is at most 0.006 in
-    bfloat16, most of it the rounding of the result, and 0.002 in float16. Any transform's rounding is relative to the largest entry of a row, so in the causal form the past can feel the future. On the matrix
-    units, whatever comes later moves an output by at most 2^-9 max_t |x_t| max_w |K_w|, apart from the rounding of
-    the output itself; K_w is the kernel's frequency response, never larger than sum_l |kernel_l|. The bound is
-    tested, not proven. Rows whose largest entry is below 1e-30 lose precision there.
+    the taps rounded to it, and the past does not feel the future by a bit. Transforms on the matrix units divide each
+    row of time, [T] of a channel, by a power of two and multiply in float16: the relative error of output and
+    gradients is at most 0.006 in bfloat16, most of it the rounding of the result, and 0.002 in float16. Any
+    transform's rounding is relative to the largest entry of a row, so in the causal form the past can feel the
+    future. On the matrix units, whatever comes later moves an output by at most 2^-9 max_t |x_t| max_w |K_w|, apart
+    from the rounding of the output itself; K_w is the kernel's frequency response, never larger than
+    sum_l |kernel_l|. The bound is tested, not proven. Rows whose largest entry is below 1e-30 lose precision there.
 
     A NaN or an infinity makes all of its row NaN where a transform runs, the past too (in a kernel, all of its
     channel); other channels and other rows of the batch stay as they are. A sum over lags spreads it to what sees it.
