@@ -525,3 +525,12 @@ def test_memory_of_a_training_step():
     before = torch.cuda.memory_allocated()
     train()
     assert torch.cuda.max_memory_allocated() - before <= (512 + 32) * 2**20
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_second_derivative_is_refused(causal):
+    q, k, v = (x.requires_grad_() for x in linear_attention_inputs(1, 5, 1, 16, 16, device=DEVICE).values())
+    out, _ = linear_attention(q, k, v, causal=causal, impl="triton")
+    (gradient,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative: use impl='reference'"):
+        gradient.sum().backward()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from chela.ops.linear_attention import kernels
-from chela.ops.linear_attention.launch import define, dense, summed_states
+from chela.ops.linear_attention.launch import define, dense, no_second_derivative, summed_states
 from chela.ops.linear_attention.plan import forward_plan, tile
 
 define("bidirectional", "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)")
@@ -89,3 +89,4 @@ def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("chela::linear_attention_bidirectional", _differentiate, setup_context=_keep)
+torch.library.register_autograd("chela::linear_attention_bidirectional_backward", no_second_derivative)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from chela.ops.linear_attention import kernels, kernels_backward, kernels_one_walk
-from chela.ops.linear_attention.launch import count_rows, define, dense, log2, split_starts
+from chela.ops.linear_attention.launch import count_rows, define, dense, log2, no_second_derivative, split_starts
 from chela.ops.linear_attention.plan import BackwardPlan, Plan, backward_plan, forward_plan
 
 _CARRIED = "Tensor? decay, Tensor? state, Tensor? cu_seqlens, float scale"
@@ -188,3 +188,4 @@ def _differentiate(ctx: Any, grad: Tensor | None, end_grad: Tensor | None, _: An
 
 
 torch.library.register_autograd("chela::linear_attention_causal", _differentiate, setup_context=_keep)
+torch.library.register_autograd("chela::linear_attention_causal_backward", no_second_derivative)

@@ -1,5 +1,7 @@
 """What the ops on Triton kernels share: registration, strides, and sums of states over splits."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,11 @@ def define(name: str, schema: str) -> None:
     By schema, not by torch.library.custom_op: that loads the compiler, 1.7 s, when the op is first called.
     """
     torch.library.define(f"chela::linear_attention_{name}", schema, tags=torch.Tag.pt2_compliant_tag)
+
+
+def no_second_derivative(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Stand for the derivative of a backward pass, and refuse it."""
+    raise NotImplementedError("linear_attention's Triton kernels have no second derivative: use impl='reference'")
 
 
 def count_rows(q: Tensor, cu_seqlens: Tensor | None) -> int:
