@@ -42,8 +42,11 @@ class BackwardPlan(Plan):
 
     one_walk: bool
     """All gradients in one walk, without a decay."""
-    period: int
-    """Tokens between saved states."""
+
+    @property
+    def period(self) -> int:
+        """Tokens between saved states: a split's unit, so that every split begins and ends at one."""
+        return self.unit
 
     @property
     def saves(self) -> bool:
@@ -113,9 +116,7 @@ def backward_plan(
     splits = _splits(resident, groups, length, 64)
     share = -(-length // (splits * 64)) * 64
     period = min(share, PERIOD) if one_walk else share
-    return BackwardPlan(
-        key_tile, value_tile, blocks, chunk, warps, stages, splits, max(period, 64), one_walk, max(period, 64)
-    )
+    return BackwardPlan(key_tile, value_tile, blocks, chunk, warps, stages, splits, max(period, 64), one_walk)
 
 
 def _splits(programs: int, groups: int, length: int, unit: int) -> int:
