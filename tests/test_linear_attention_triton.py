@@ -124,9 +124,7 @@ def test_the_widest(key, value, decay, nan_memory):
 @pytest.mark.parametrize("number", [3, 8])
 def test_rows_split_over_the_multiprocessors(number, decay, dtype, processors, nan_memory):
     processors(number)
-    cut = 1, 333, 24, 40, dtype, torch.device(DEVICE)
-    assert plan.forward_plan(*cut).splits > 1
-    assert plan.backward_plan(*cut, decays=decay).splits > 1
+    assert all(p.splits > 1 for p in plan.plans(1, 333, 24, 40, dtype, torch.device(DEVICE), decays=decay))
     for length, state in ((333, True), (65, False), (1, True)):
         check(inputs_of(1, length, 1, 24, 40, decay=decay, state=state, dtype=dtype), scale=0.7)
 

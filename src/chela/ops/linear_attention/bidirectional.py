@@ -6,8 +6,15 @@ import torch
 from torch import Tensor
 
 from chela.ops.linear_attention import kernels
-from chela.ops.linear_attention.launch import define, dense, no_second_derivative, summed_states
-from chela.ops.linear_attention.plan import forward_plan, tile
+from chela.ops.linear_attention.launch import (
+    define,
+    dense,
+    differentiable,
+    keep_nothing,
+    no_second_derivative,
+    summed_states,
+)
+from chela.ops.linear_attention.plan import plans, tile
 
 define("bidirectional", "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)")
 define(
@@ -56,7 +63,7 @@ def _backward_shapes(
 def _total(k: Tensor, v: Tensor) -> Tensor:
     """The sum over all tokens of k v^T [B, H, K, V]."""
     batch, length, heads, key = k.shape
-    plan = forward_plan(batch * heads, length, key, v.shape[3], k.dtype, k.device)
+    plan, _ = plans(batch * heads, length, key, v.shape[3], k.dtype, k.device)
     if not k.numel() or not v.numel():
         return k.new_zeros(batch, heads, key, v.shape[3], dtype=torch.float32)
     return summed_states(k, v, plan, None, None, BACKWARD=False, ALL=True).sum(2)
@@ -88,5 +95,5 @@ def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     return *torch.ops.chela.linear_attention_bidirectional_backward.default(grad, *ctx.saved_tensors, ctx.scale), None
 
 
-torch.library.register_autograd("chela::linear_attention_bidirectional", _differentiate, setup_context=_keep)
-torch.library.register_autograd("chela::linear_attention_bidirectional_backward", no_second_derivative)
+differentiable("bidirectional", _keep, _differentiate)
+differentiable("bidirectional_backward", keep_nothing, no_second_derivative)

@@ -6,8 +6,17 @@ import torch
 from torch import Tensor
 
 from chela.ops.linear_attention import kernels, kernels_backward, kernels_one_walk
-from chela.ops.linear_attention.launch import count_rows, define, dense, log2, no_second_derivative, split_starts
-from chela.ops.linear_attention.plan import BackwardPlan, Plan, backward_plan, forward_plan
+from chela.ops.linear_attention.launch import (
+    count_rows,
+    define,
+    dense,
+    differentiable,
+    keep_nothing,
+    log2,
+    no_second_derivative,
+    split_starts,
+)
+from chela.ops.linear_attention.plan import BackwardPlan, Plan, plans
 
 _CARRIED = "Tensor? decay, Tensor? state, Tensor? cu_seqlens, float scale"
 define("causal", f"(Tensor q, Tensor k, Tensor v, {_CARRIED}, bool ends, bool saves) -> (Tensor, Tensor, Tensor)")
@@ -38,8 +47,10 @@ def attend(
 
 def _plans(q: Tensor, v: Tensor, decay: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Plan, BackwardPlan]:
     """Sizes of both passes: the forward pass saves states where the backward pass wants them."""
-    shape = (count_rows(q, cu_seqlens) * q.shape[2], q.shape[1], q.shape[3], v.shape[3], q.dtype, q.device)
-    return forward_plan(*shape), backward_plan(*shape, decays=decay is not None)
+    _, length, heads, key = q.shape
+    return plans(
+        count_rows(q, cu_seqlens) * heads, length, key, v.shape[3], q.dtype, q.device, decays=decay is not None
+    )
 
 
 @torch.library.impl("chela::linear_attention_causal", "default")
@@ -187,5 +198,5 @@ def _differentiate(ctx: Any, grad: Tensor | None, end_grad: Tensor | None, _: An
     return dq, dk, dv, d_decay, d_state, None, None, None, None
 
 
-torch.library.register_autograd("chela::linear_attention_causal", _differentiate, setup_context=_keep)
-torch.library.register_autograd("chela::linear_attention_causal_backward", no_second_derivative)
+differentiable("causal", _keep, _differentiate)
+differentiable("causal_backward", keep_nothing, no_second_derivative)

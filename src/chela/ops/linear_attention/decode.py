@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from chela.ops.linear_attention import kernels
-from chela.ops.linear_attention.launch import define, dense, log2
+from chela.ops.linear_attention.launch import define, dense, differentiable, log2
 from chela.ops.linear_attention.plan import MAX_KEY, tile
 
 _TOKEN = "Tensor q, Tensor k, Tensor v"
@@ -86,4 +86,4 @@ def _differentiate(ctx: Any, grad: Tensor, end_grad: Tensor) -> tuple[Any, ...]:
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), d_state, d_decay, None
 
 
-torch.library.register_autograd("chela::linear_attention_step", _differentiate, setup_context=_keep)
+differentiable("step", _keep, _differentiate)

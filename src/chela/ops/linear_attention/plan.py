@@ -69,11 +69,44 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def forward_plan(rows: int, length: int, key: int, value: int, dtype: torch.dtype, device: torch.device) -> Plan:
-    """Sizes of a forward pass over `rows` sequences and heads of `length` tokens."""
+def plans(
+    rows: int,
+    length: int,
+    key: int,
+    value: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    decays: bool = False,
+) -> tuple[Plan, BackwardPlan]:
+    """Sizes of a forward and a backward pass over `rows` sequences and heads of `length` tokens."""
+    sizes = rows, length, key, value, dtype, multiprocessors(device), decays
+    if type(rows) is int and type(length) is int:
+        return _plans(*sizes)
+    return _plans.__wrapped__(*sizes)  # a compiler's symbols, which cannot be looked up
+
+
+@functools.lru_cache(maxsize=4096)
+def _plans(
+    rows: int, length: int, key: int, value: int, dtype: torch.dtype, processors: int, decays: bool
+) -> tuple[Plan, BackwardPlan]:
+    return (
+        _forward_plan(rows, length, key, value, dtype, processors),
+        _backward_plan(rows, length, key, value, dtype, processors, decays),
+    )
+
+
+@functools.cache
+def sums_plan(key: int, value: int, dtype: torch.dtype) -> Plan:
+    """Tiles of sums of states, which are all loading; the splits are those of the pass that wants the sums."""
     key_tile, wide = tile(key, MAX_KEY), dtype == torch.float32
     value_tile = tile(value, 32 if wide or key_tile > 128 else 64)
-    processors = multiprocessors(device)
+    return Plan(key_tile, value_tile, 1, 32 if wide else 64, 4, 2 if wide else 4, 1, 64)
+
+
+def _forward_plan(rows: int, length: int, key: int, value: int, dtype: torch.dtype, processors: int) -> Plan:
+    key_tile, wide = tile(key, MAX_KEY), dtype == torch.float32
+    value_tile = tile(value, 32 if wide or key_tile > 128 else 64)
     enough = 0.8 * processors
     if value_tile > 32 and rows * -(-value // value_tile) < enough <= rows * -(-value // 32):
         value_tile = 32  # twice the programs, which costs less than a split
@@ -84,17 +117,9 @@ def forward_plan(rows: int, length: int, key: int, value: int, dtype: torch.dtyp
     return Plan(key_tile, value_tile, 1, chunk, 4, stages, splits, unit)
 
 
-def sums_plan(key: int, value: int, dtype: torch.dtype) -> Plan:
-    """Tiles of sums of states, which are all loading; the splits are those of the pass that wants the sums."""
-    key_tile, wide = tile(key, MAX_KEY), dtype == torch.float32
-    value_tile = tile(value, 32 if wide or key_tile > 128 else 64)
-    return Plan(key_tile, value_tile, 1, 32 if wide else 64, 4, 2 if wide else 4, 1, 64)
-
-
-def backward_plan(
-    rows: int, length: int, key: int, value: int, dtype: torch.dtype, device: torch.device, *, decays: bool
+def _backward_plan(
+    rows: int, length: int, key: int, value: int, dtype: torch.dtype, processors: int, decays: bool
 ) -> BackwardPlan:
-    """Sizes of a backward pass."""
     key_tile, wide = tile(key, MAX_KEY), dtype == torch.float32
     entries = 4096 if wide else 16_384  # of a state in one program: 64 registers for each thread of 8 warps
     value_tile = tile(value, min(64, entries // key_tile))
@@ -102,7 +127,6 @@ def backward_plan(
     kept = key_tile * value_tile * blocks
     one_walk = not decays and not wide and kept <= 4096 and value <= value_tile
     small = kept <= 8192
-    processors = multiprocessors(device)
     resident = 2 * processors if small else processors
     groups = rows * -(-value // (value_tile * blocks))
     if wide:
