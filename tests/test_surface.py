@@ -24,7 +24,10 @@ SOURCE = Path(chela.__file__).parent
 
 EXPORTS = {
     "chela": "CausalLM ChelaState Classifier ModelConfig RunConfig TwoTowerClassifier __version__ build preset",
-    "chela.ops": ("linear_attention linear_attention_step long_conv long_conv_step short_conv short_conv_step"),
+    "chela.ops": (
+        "linear_attention linear_attention_step long_conv long_conv_online_state long_conv_step "
+        "short_conv short_conv_step"
+    ),
     "chela.layers": "ChelaBlock ChelaLayer GatedLinearAttention LayerState ShortLongConv ShortLongState",
     "chela.models": "CausalLM ChelaState Classifier TwoTowerClassifier build load_model save_model",
 }
@@ -43,6 +46,7 @@ SIGNATURES = {
         "x, kernel, *, reverse_kernel=None, causal=True, state=None, return_state=False, cu_seqlens=None, impl='auto'"
     ),
     "long_conv_step": "x, kernel, *, state, impl='auto'",
+    "long_conv_online_state": "inputs, kernel, *, clock=0, block=64, epoch=None",
 }
 
 OPTIONS = {
@@ -53,7 +57,7 @@ OPTIONS = {
         " --model.kernel-length --model.kernel --model.taps-per-octave --model.branches --model.branch-norm"
         " --model.squash --model.tap-dropout --model.attention --model.attention-norm --model.decay --model.norm"
         " --model.prenorm --model.dropout --model.pooling --model.merged"
-        " --data.task --data.root --data.max-length --data.min-length --data.examples --data.seed"
+        " --data.task --data.root --data.encoding --data.rate --data.max-length --data.min-length --data.examples --data.seed"
         " --optim.lr --optim.kernel-lr --optim.weight-decay --optim.betas --optim.eps --optim.clip --optim.warmup"
         " --optim.schedule"
         " --train.steps --train.batch-size --train.accumulate --train.eval-every --train.eval-batch-size"
@@ -62,7 +66,7 @@ OPTIONS = {
     ),
     "eval": "--split --data.root --batch-size --device",
     "generate": "--prompt --max-new-tokens --temperature --top-k --top-p --seed --device",
-    "data": "--root",
+    "data": "--root --encoding --rate --max-length --min-length --examples --seed",
     "bench": "--device --dtype --seconds --peers --out",
     "report": "--out",
     "doctor": "--root --selftest",
@@ -177,8 +181,10 @@ def test_options_of_every_command():
 
 
 def test_names_of_presets_and_tasks():
-    assert " ".join(PRESETS) == "digits listops-tiny lm-tiny listops text retrieval image pathfinder path-x"
-    assert " ".join(TASKS) == "digits listops text image bytes pathfinder path-x retrieval speech"
+    assert " ".join(PRESETS) == "digits listops-tiny lm-tiny listops text retrieval image pathfinder path-x speech"
+    assert " ".join(TASKS) == (
+        "digits listops text retrieval image pathfinder path-x image-colour speech speech-35 spoken-digits citations bytes"
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -58,7 +58,8 @@ def generate(
     """Continue several prompts at once, of any lengths; yield the next token of each, int64 [B] on the CPU.
 
     Args:
-        model: in evaluation mode.
+        model: in evaluation mode. Merged (`merge`), a token costs hardly more after a long context than after a short
+            one.
         prompts: token ids; shorter ones are padded on the left, which does not change their continuation.
         max_new_tokens: tokens a prompt.
         temperature: as `sample`.
@@ -107,7 +108,7 @@ def _stream(
     mask = torch.tensor([[False] * (length - len(p)) + [True] * len(p) for p in prompts], device=device)
     generator = torch.Generator(device).manual_seed(seed)
     logits, state = model.prefill(tokens, None if bool(mask.all()) else mask)
-    logits = logits[:, -1]
+    logits, state = logits[:, -1], model.online(state) if model.config.merged else state
     for count in range(max_new_tokens):
         token = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
         yield token.cpu()

@@ -7,8 +7,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from chela.layers.long_kernel import BranchedKernel, FoldedKernel, KernelKind
-from chela.ops import long_conv, short_conv
+from chela.ops import long_conv, long_conv_online_state, long_conv_step, short_conv
 from chela.ops.impl import Impl
+from chela.ops.long_conv.online import OnlineState
 
 
 class ShortLongState(NamedTuple):
@@ -16,8 +17,8 @@ class ShortLongState(NamedTuple):
 
     short: Float[Tensor, "b w d"] | None
     """Last W-1 inputs of the short convolution; None without that stage."""
-    long: Float[Tensor, "b s d"] | None
-    """Last inputs of the long convolution, at most L-1; None without that stage."""
+    long: Float[Tensor, "b s d"] | OnlineState | None
+    """Last inputs of the long convolution, at most L-1, or its online state; None without that stage."""
 
 
 class ShortLongConv(nn.Module):
@@ -102,6 +103,7 @@ class ShortLongConv(nn.Module):
             mask: True at real tokens; padding reads as the zeros beyond the ends of a sequence.
             state: what an earlier call returned (causal only).
             return_state: also return the state after the last position (with a mask: padding must be on the left).
+                With T = 1 an online state (`online`) is changed in place and returned; from longer x comes a plain one.
             cu_seqlens: int32 [N+1], document boundaries of a packed batch with B = 1 (causal only).
             impl: implementation of the ops.
 
@@ -127,11 +129,28 @@ class ShortLongConv(nn.Module):
             if isinstance(self.kernel, BranchedKernel) and self.kernel.norms is not None and self.training:
                 z = self._normed_branches(self.kernel, u, mask, before, return_state, cu_seqlens, impl)
             else:
-                taps = self.kernel()
-                z, after_long = long_conv(u, taps.forward, reverse_kernel=taps.reverse, state=before.long, **carry)
+                taps, past = self.kernel(), before.long
+                if isinstance(past, OnlineState) and return_state and u.shape[1] == 1:
+                    z, after_long = long_conv_step(u.squeeze(1), taps.forward, state=past, impl=impl)
+                    z = z.unsqueeze(1)
+                else:
+                    past = past.last_inputs() if isinstance(past, OnlineState) else past
+                    z, after_long = long_conv(u, taps.forward, reverse_kernel=taps.reverse, state=past, **carry)
                 if taps.bias is not None:
                     z = z + taps.bias.to(z.dtype)
         return z, ShortLongState(after_short, after_long) if return_state else None
+
+    def online(self, state: ShortLongState) -> ShortLongState:
+        """Make a state ready for many steps: the long stage then costs O(log^2 L) a token (`long_conv_online_state`).
+
+        Raises:
+            ValueError: the branches are not merged, so that every step would fold L taps.
+        """
+        if self.kernel is None or state.long is None or isinstance(state.long, OnlineState):
+            return state
+        if not isinstance(self.kernel, FoldedKernel):
+            raise ValueError("online steps need one kernel: merge() the model first")
+        return state._replace(long=long_conv_online_state(state.long, self.kernel().forward))
 
     def _normed_branches(
         self,

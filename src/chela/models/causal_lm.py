@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from chela.config import ModelConfig
+from chela.layers import ChelaBlock
 from chela.models.backbone import Backbone, merge
 from chela.models.state import ChelaState
 from chela.ops.impl import Impl
@@ -85,11 +86,31 @@ class CausalLM(nn.Module):
     ) -> tuple[Float[Tensor, "b vocab"], ChelaState]:
         """Read one token a row, int64 [B]: logits [B, vocab] and the state after it.
 
+        From a state of `online` a step costs O(log^2 L), for a kernel of L taps, and the state is changed in place;
+        from a plain one it costs as much as the context is long.
+
         Raises:
             ValueError: wrong inputs or a state of another model.
         """
         logits, after = self.prefill(token.unsqueeze(1), state=state, impl=impl)
         return logits.squeeze(1), after
+
+    def online(self, state: ChelaState) -> ChelaState:
+        """Make a state ready for many steps, whose cost then hardly grows with the context; for a merged model.
+
+        The numbers stay the same to rounding. Reading more than one token on such a state is fine and gives a plain
+        one. No gradients flow through it: step under `torch.no_grad()` or `torch.inference_mode()`.
+
+        Raises:
+            ValueError: the model is not merged, or the state is of another model.
+        """
+        if len(state.layers) != len(self.backbone.blocks):
+            raise ValueError(f"the state has {len(state.layers)} layers, the model {len(self.backbone.blocks)}")
+        layers = []
+        for block, layer in zip(self.backbone.blocks, state.layers, strict=True):
+            assert isinstance(block, ChelaBlock)
+            layers.append(layer._replace(convolution=block.layer.convolution.online(layer.convolution)))
+        return ChelaState(tuple(layers))
 
     def merge(self) -> None:
         """Fold the branches of every convolution in place: for inference, and one kernel to fold less a step."""

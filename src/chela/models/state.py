@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from chela.layers import LayerState, ShortLongState
+from chela.ops.long_conv.online import OnlineState
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,8 @@ class ChelaState:
 
     The attention keeps K x V numbers a head and the short convolution W - 1 inputs, whatever the length. The long
     convolution keeps its last inputs, up to L - 1 of them: its memory grows with the context until the kernel length
-    bounds it. A state is never changed in place: keep an old one to go back to it.
+    bounds it. A state is never changed in place: keep an old one to go back to it. The exception is one of
+    `CausalLM.online`, whose convolutions move on in place: keep a `clone` of it.
     """
 
     layers: tuple[LayerState, ...]
@@ -26,20 +28,17 @@ class ChelaState:
         def apply(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else function(tensor)
 
-        return ChelaState(
-            tuple(
-                LayerState(
-                    ShortLongState(apply(layer.convolution.short), apply(layer.convolution.long)),
-                    apply(layer.attention),
-                )
-                for layer in self.layers
-            )
-        )
+        def move(layer: LayerState) -> LayerState:
+            short, long = layer.convolution
+            long = long.map(function) if isinstance(long, OnlineState) else apply(long)
+            return LayerState(ShortLongState(apply(short), long), apply(layer.attention))
+
+        return ChelaState(tuple(move(layer) for layer in self.layers))
 
     def tensors(self) -> list[Tensor]:
         """Every tensor, layer by layer."""
-        parts = ((*layer.convolution, layer.attention) for layer in self.layers)
-        return [tensor for layer in parts for tensor in layer if tensor is not None]
+        parts = (part for layer in self.layers for part in (*layer.convolution, layer.attention) if part is not None)
+        return [tensor for part in parts for tensor in (part.tensors() if isinstance(part, OnlineState) else [part])]
 
     def clone(self) -> "ChelaState":
         """Copy every tensor: changes to one state do not reach the other."""

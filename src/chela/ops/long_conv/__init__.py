@@ -1,11 +1,14 @@
 """Long depthwise convolution: a kernel as long as the sequence, one a channel."""
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from chela.ops.checks import check_alike, check_causal_only, check_documents, check_shape
 from chela.ops.impl import Impl, resolve
-from chela.ops.long_conv import fused, reference
+from chela.ops.long_conv import fused, online, reference
+from chela.ops.long_conv.online import OnlineState
+from chela.ops.long_conv.online import long_conv_online_state as long_conv_online_state
 from chela.ops.precision import no_autocast
 
 
@@ -84,29 +87,43 @@ def long_conv(
 
 
 def long_conv_step(
-    x: Float[Tensor, "b d"], kernel: Float[Tensor, "d l"], *, state: Float[Tensor, "b s d"], impl: Impl = "auto"
-) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b s_after d"]]:
-    """Take one token of the causal convolution: O(S). The state passed in is left as it was.
+    x: Float[Tensor, "b d"],
+    kernel: Float[Tensor, "d l"],
+    *,
+    state: Float[Tensor, "b s d"] | OnlineState,
+    impl: Impl = "auto",
+) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b s_after d"] | OnlineState]:
+    """Take one token of the causal convolution.
+
+    With the plain state, the last inputs, it is a dot product over them, O(S), differentiable, and the state passed
+    in is left as it was. With that of `long_conv_online_state` it costs O(log^2 L) a token on average: nearly all
+    tokens sum at most 64 inputs; where a block or an epoch of inputs ends, transforms sum what it adds to the outputs
+    ahead. That state is **changed in place** and returned, and carries no gradients.
 
     Args:
         x: input [B, D].
-        kernel: taps over lags 0..L-1 [D, L].
-        state: the last S inputs [B, S, D], S from 0 (before the first token) to L-1.
-        impl: as in `long_conv`.
+        kernel: taps over lags 0..L-1 [D, L]; with an online state, the same as it was made with.
+        state: the last S inputs [B, S, D], S from 0 (before the first token) to L-1; or an online state.
+        impl: as in `long_conv`. The plain step is the reference's everywhere.
 
     Returns:
-        Output [B, D] in x's dtype and the new state [B, min(S + 1, L-1), D].
+        Output [B, D] in x's dtype and the new state: [B, min(S + 1, L-1), D], or the online one.
 
     Raises:
-        ValueError: as in `long_conv`.
+        ValueError: as in `long_conv`; a gradient is asked for with an online state.
     """
     if x.dim() != 2:
         raise ValueError(f"x must be [B, D]; got {list(x.shape)}")
     _check_kernel("kernel", kernel, x, least=1)
-    _check_state(state, x.shape[0], x, kernel, "[B, S, D]")
     check_alike({"x": x}, {"kernel": kernel})
-    resolve(impl, x.device, "long_conv")
+    implementation = resolve(impl, x.device, "long_conv")
     with no_autocast(x.device):
+        if isinstance(state, OnlineState):
+            _check_online(state, x, kernel)
+            out = online.emit(x, state, triton=implementation == "triton")
+            online.advance(state, kernel)
+            return out, state
+        _check_state(state, x.shape[0], x, kernel, "[B, S, D]")
         return reference.long_conv_step(x, kernel, state=state)
 
 
@@ -122,3 +139,12 @@ def _check_state(state: Tensor, rows: int, x: Tensor, kernel: Tensor, legend: st
         raise ValueError(f"state must be {legend} with S at most L-1 = {reach}; got {list(state.shape)}")
     check_shape("state", state, (rows, state.shape[1], x.shape[-1]), legend)
     check_alike({"x": x, "state": state}, {})
+
+
+def _check_online(state: OnlineState, x: Tensor, kernel: Tensor) -> None:
+    if torch.is_grad_enabled() and (x.requires_grad or kernel.requires_grad):
+        raise ValueError("an online state carries no gradients: step under torch.no_grad() or torch.inference_mode()")
+    if kernel.shape[1] != state.lags:
+        raise ValueError(f"the online state was made with a kernel of {state.lags} taps; got {kernel.shape[1]}")
+    check_shape("x", x, (state.past.shape[0], state.past.shape[2]), "[B, D] of the online state")
+    check_alike({"x": x, "the online state": state.inputs}, {})

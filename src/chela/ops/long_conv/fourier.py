@@ -38,7 +38,7 @@ def points(history: Tensor, kernel: Tensor, reverse: Tensor, length: int) -> int
     return good_size(max(history.shape[1], length + kernel.shape[1] - 1, length + reverse.shape[1]))
 
 
-def _spectrum(x: Tensor, front: int, n: int) -> Tensor:
+def spectrum(x: Tensor, front: int, n: int) -> Tensor:
     """[B, T, D] with `front` zeros before it -> [B, D, n/2+1]; along contiguous time, as FFT libraries prefer."""
     return torch.fft.rfft(F.pad(x.to(wide_dtype(x.dtype)).mT, (front, n - front - x.shape[1])))
 
@@ -74,10 +74,10 @@ torch.library.define("chela::fft_conv_backward", f"(Tensor grad, {_INPUTS}) -> (
 @torch.library.impl("chela::fft_conv", "default")
 def _forward(history: Tensor, kernel: Tensor, reverse: Tensor, length: int) -> Tensor:
     n, end = points(history, kernel, reverse, length), history.shape[1]
-    spectrum = _spectrum(history, 0, n)
-    spectrum *= kernel_spectrum(kernel, reverse, n, wide_dtype(history.dtype))
+    product = spectrum(history, 0, n)
+    product *= kernel_spectrum(kernel, reverse, n, wide_dtype(history.dtype))
     out = history.new_empty(history.shape[0], length, history.shape[2])
-    return out.copy_(torch.fft.irfft(spectrum, n)[..., end - length : end].mT)
+    return out.copy_(torch.fft.irfft(product, n)[..., end - length : end].mT)
 
 
 @torch.library.impl("chela::fft_conv_backward", "default")
@@ -86,8 +86,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for history, kernel and reverse, given that of the output [B, T, D]."""
     n, end = points(history, kernel, reverse, length), history.shape[1]
-    g = _spectrum(grad, end - length, n)
-    h = _spectrum(history, 0, n).conj_physical_()
+    g = spectrum(grad, end - length, n)
+    h = spectrum(history, 0, n).conj_physical_()
     on_circle = torch.fft.irfft(h.mul_(g).sum(0), n)  # [D, n]
     d_kernel = kernel.new_empty(kernel.shape).copy_(on_circle[:, : kernel.shape[1]])
     d_reverse = reverse.new_empty(reverse.shape).copy_(on_circle[:, n - reverse.shape[1] :].flip(1))
