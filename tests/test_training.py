@@ -18,7 +18,7 @@ from chela.training.device import compute_type, pick_device
 from chela.training.guard import check_weights
 from chela.training.metrics import better
 from chela.training.step import clip_gradients, compute_gradients, dropout_seed
-from chela.training.stream import Stream, take_share
+from chela.training.stream import Source, Stream
 from test_checkpoint import assert_same_run, tree  # pyrefly: ignore
 from training_kit import CLASSES, LENGTH, VOCAB, make_run, make_task, run_tiny, tiny_task  # pyrefly: ignore
 
@@ -168,7 +168,7 @@ def test_a_missing_gpu_is_refused(tmp_path):
 def test_a_token_out_of_range_is_refused(tmp_path):
     run = make_run(tmp_path, model={"vocab": 5})
     with pytest.raises(ValueError, match=r"token id \d+ is outside the model's vocabulary 0\.\.4"):
-        take_share(make_task(), run, 0)
+        Source(make_task(), run).share(0)
 
 
 @pytest.mark.parametrize("wrong", [CLASSES, -1])
@@ -197,7 +197,7 @@ def test_any_slicing_gives_the_same_gradient(tmp_path, doubles, kind):
     for parts in (1, 2, 4, 8):
         torch.manual_seed(0)
         model = build(run.model)
-        share = take_share(task, replace(run, train=replace(run.train, accumulate=parts)), 3)
+        share = Source(task, replace(run, train=replace(run.train, accumulate=parts))).share(3)
         assert len(share.parts) == parts
         scores.append(compute_gradients(model, share.parts, share.targets, 0, 3, CPU, torch.float32))
         gradients.append(torch.cat([g.flatten() for g in gradients_of(model)]))
@@ -212,7 +212,7 @@ def test_the_gradient_is_that_of_the_mean_over_the_global_batch(tmp_path, double
     task = make_task()
     torch.manual_seed(0)
     model = build(run.model)
-    share = take_share(task, run, 0)
+    share = Source(task, run).share(0)
     compute_gradients(model, share.parts, share.targets, 0, 0, CPU, torch.float32)
     sliced = [g.clone() for g in gradients_of(model)]
     model.zero_grad()
@@ -229,26 +229,26 @@ def test_shares_of_all_processes_are_the_global_batch(tmp_path, monkeypatch):
     seen = []
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
-        seen += [label for part in take_share(task, run, 5).parts for label in part.labels.tolist()]
+        seen += [label for part in Source(task, run).share(5).parts for label in part.labels.tolist()]
     assert seen == task.train.labels[indices_at(len(task.train), 8, 5, run.seed)].tolist()
 
 
 def test_a_share_counts_targets_and_tokens(tmp_path):
     run = make_run(tmp_path, model=KINDS["causal-lm"], accumulate=2)
-    share = take_share(make_task("causal-lm"), run, 0)
+    share = Source(make_task("causal-lm"), run).share(0)
     tokens = sum(real(part.mask) for part in share.parts)
     assert (share.tokens, share.targets) == (tokens, tokens - 8)  # the last token of each sequence has no next
     run = make_run(tmp_path, model=KINDS["two-tower"])
-    share = take_share(make_task("two-tower"), run, 0)
+    share = Source(make_task("two-tower"), run).share(0)
     assert share.tokens == sum(real(p.mask) + real(p.second_mask) for p in share.parts)
     assert share.targets == 8
 
 
 def test_the_stream_gives_the_shares_in_any_order(tmp_path):
     run, task = make_run(tmp_path), make_task()
-    with Stream(task, run, CPU) as stream:
+    with Stream(Source(task, run), run.train.steps, CPU) as stream:
         for step in (0, 1, 2, 7, 8, 3, 11):
-            assert torch.equal(stream.take(step).parts[0].inputs, take_share(task, run, step).parts[0].inputs)
+            assert torch.equal(stream.take(step).parts[0].inputs, Source(task, run).share(step).parts[0].inputs)
 
 
 def test_dropout_is_seeded_by_step_rank_and_part_alone(tmp_path):
@@ -258,7 +258,7 @@ def test_dropout_is_seeded_by_step_rank_and_part_alone(tmp_path):
     run, task = make_run(tmp_path, model={"dropout": 0.5}), make_task()
     torch.manual_seed(0)
     model = build(run.model)
-    share = take_share(task, run, 0)
+    share = Source(task, run).share(0)
 
     def loss(step: int) -> float:
         torch.rand(5)  # whatever happened to the generator before
@@ -282,7 +282,7 @@ def test_bfloat16_computes_low_and_keeps_float32(tmp_path):
     model = build(run.model)
     seen = []
     model.head.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
-    share = take_share(make_task(), run, 0)
+    share = Source(make_task(), run).share(0)
     compute_gradients(model, share.parts, 8, 0, 0, CPU, compute_type("bfloat16", CPU))
     assert seen == [torch.bfloat16]
     assert all(p.dtype == torch.float32 for p in [*model.parameters(), *gradients_of(model)])

@@ -25,17 +25,18 @@ class Guard:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._first = torch.full((), -1.0, dtype=torch.float64, device=device)
+        self.bad_step = torch.full((), -1.0, dtype=torch.float64, device=device)  # the first one, or -1
 
-    def watch(self, step: int, loss: Tensor, norm: Tensor) -> Tensor:
-        """Note a step; returns AdamW's `found_inf`: 1 (leave out the update) or 0, float32."""
+    def watch(self, step: int | Tensor, loss: Tensor, norm: Tensor) -> Tensor:
+        """Note a step (a float64 tensor inside a CUDA graph); returns AdamW's `found_inf`: 1 (no update) or 0."""
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
-        self._first = torch.where((self._first < 0) & bad, float(step), self._first)
-        return (self._first >= 0).float()
+        now = step if isinstance(step, Tensor) else float(step)
+        self.bad_step.copy_(torch.where((self.bad_step < 0) & bad, now, self.bad_step))
+        return (self.bad_step >= 0).float()
 
     def first(self) -> int | None:
         """The first bad step, or None (waits for the device)."""
-        step = int(self._first)
+        step = int(self.bad_step)
         return None if step < 0 else step
 
 

@@ -23,8 +23,9 @@ from chela.training.interrupt import Interrupt
 from chela.training.journal import Journal, surroundings
 from chela.training.optim import make_optimizer, schedule, set_rate
 from chela.training.progress import Display
-from chela.training.step import clip_gradients, compute_gradients
-from chela.training.stream import Stream, take_share
+from chela.training.step import compute_gradients
+from chela.training.stream import Source, Stream
+from chela.training.update import compile_blocks, make_update, uncompiled
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,11 @@ class Trainer:
         self.state = found.state
         if found.checkpoint:
             restore(folder.checkpoints / found.checkpoint, self.model, self.optimizer)
+        if device.type == "cuda" and run.train.compile:
+            compile_blocks(self.model)
         self.sums = torch.tensor(self.state.sums, dtype=torch.float64, device=device)  # loss, hits, gradient norm
         self.guard = Guard(device)
+        self.source = Source(task, run)
         self.journal = Journal(folder.journal if distributed.is_main() else None)
         self.saved = self.state.step
         self.began = time.monotonic() - self.state.seconds
@@ -108,49 +112,41 @@ class Trainer:
 
     def fit(self, deadline: float | None) -> bool:
         """Take the steps that are left; False if a signal or the deadline stopped it, with a checkpoint saved."""
-        run, state, model = self.run, self.state, distributed.wrap(self.model, self.device)
+        run, state = self.run, self.state
         first, busy, tokens = state.step, 0.0, 0
-        try:
-            with (
-                Interrupt(deadline) as interrupt,
-                Stream(self.task, run, self.device) as stream,
-                self.display.live(state.step),
-            ):
-                while state.step < run.train.steps:
-                    step, begun = state.step, time.monotonic()
-                    share = stream.take(step)
-                    stop = bool(interrupt.reason) and step > first  # each start takes a step at least
-                    counts = distributed.sum_over_ranks(torch.tensor([share.targets, share.tokens, stop]))
-                    targets, new_tokens, stop = counts.tolist()
-                    if stop:
-                        self._stop(interrupt.reason or "another process was stopped")
-                        break
+        with (
+            Interrupt(deadline) as interrupt,
+            Stream(self.source, run.train.steps, self.device) as stream,
+            make_update(self.model, self.optimizer, self.guard, self.sums, run, self.dtype) as update,
+            self.display.live(state.step),
+        ):
+            while state.step < run.train.steps:
+                step, begun = state.step, time.monotonic()
+                share = stream.take(step)
+                stop = bool(interrupt.reason) and step > first  # each start takes a step at least
+                counts = distributed.sum_over_ranks(torch.tensor([share.targets, share.tokens, stop]))
+                targets, new_tokens, stop = counts.tolist()
+                if stop:
+                    self._stop(interrupt.reason or "another process was stopped")
+                    break
 
-                    set_rate(self.optimizer, schedule(run.optim, step, run.train.steps))
-                    scores = compute_gradients(model, share.parts, targets, run.seed, step, self.device, self.dtype)
-                    loss, hits = distributed.sum_over_ranks(scores)
-                    norm = clip_gradients(self.model, run.optim.clip)
-                    self.optimizer.found_inf = self.guard.watch(step, loss, norm)  # pyrefly: ignore
-                    self.optimizer.step()
-                    self.optimizer.zero_grad()
+                set_rate(self.optimizer, schedule(run.optim, step, run.train.steps))
+                update(share, targets, step)
 
-                    state.step += 1
-                    state.steps, state.targets = state.steps + 1, state.targets + targets
-                    self.sums += torch.stack([loss, hits, norm.double()])
-                    tokens += new_tokens
-                    if logging := self._due(run.train.log_every):
-                        self._stop_if_not_finite()
-                    busy += time.monotonic() - begun
-                    if logging:
-                        self._log(tokens / busy)
-                        busy, tokens = 0.0, 0
-                    if self._due(run.train.eval_every):
-                        self._validate()
-                    if self._due(run.train.save_every):
-                        self._save()
-                    self.display.step(state.step)
-        finally:
-            del model  # also from a traceback: DDP holds on to the process group
+                state.step += 1
+                state.steps, state.targets = state.steps + 1, state.targets + targets
+                tokens += new_tokens
+                if logging := self._due(run.train.log_every):
+                    self._stop_if_not_finite()
+                busy += time.monotonic() - begun
+                if logging:
+                    self._log(tokens / busy)
+                    busy, tokens = 0.0, 0
+                if self._due(run.train.eval_every):
+                    self._validate()
+                if self._due(run.train.save_every):
+                    self._save()
+                self.display.step(state.step)
         return state.step == run.train.steps
 
     def test(self) -> dict[str, float]:
@@ -238,15 +234,16 @@ class Trainer:
     def _evaluate(self, name: str) -> dict[str, float]:
         settings = self.run.train
         distributed.share_buffers(self.model)
-        result = metrics.evaluate(
-            self.model,
-            getattr(self.task, name),
-            batch_size=settings.eval_batch_size or settings.batch_size,
-            device=self.device,
-            dtype=self.dtype,
-            kind=self.task.kind,
-            examples=settings.eval_examples if name == "val" else 0,
-        )
+        with uncompiled(self.model):  # the numbers of `chela eval`
+            result = metrics.evaluate(
+                self.model,
+                getattr(self.task, name),
+                batch_size=settings.eval_batch_size or settings.batch_size,
+                device=self.device,
+                dtype=self.dtype,
+                kind=self.task.kind,
+                examples=settings.eval_examples if name == "val" else 0,
+            )
         if not math.isfinite(result["loss"]):
             self._fail(f"the {name} loss is not finite at step {self.state.step:,}")
         return result
@@ -256,13 +253,14 @@ class Trainer:
         step = self.guard.first()
         if step is None:
             return
-        share = take_share(self.task, self.run, step)
+        share = self.source.share(step)
         targets = int(distributed.sum_over_ranks(torch.tensor(share.targets)))
 
         def backward() -> torch.Tensor:
             return compute_gradients(self.model, share.parts, targets, self.run.seed, step, self.device, self.dtype)[0]
 
-        finding = explain(self.model, share.parts, backward)
+        with uncompiled(self.model):
+            finding = explain(self.model, share.parts, backward)
         self._fail(f"the loss or its gradient became infinite or NaN at step {step + 1:,}, {finding}")
 
     def _fail(self, what: str) -> NoReturn:

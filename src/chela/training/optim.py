@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from chela.config import OptimConfig
 
@@ -26,19 +26,23 @@ def parameter_group(name: str, parameter: nn.Parameter) -> str:
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over the groups of `parameter_group`; a group's peak rate is its entry "peak".
 
-    The fused form alone can skip an update without asking the GPU (see `guard`).
+    The fused form alone can skip an update without asking the GPU (see `guard`). On a GPU the rates are tensors, so
+    that a CUDA graph of the update sees them change.
     """
     groups: dict[str, list[nn.Parameter]] = {"kernel": [], "plain": [], "matrix": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups[parameter_group(name, parameter)].append(parameter)
     rates = {"kernel": config.kernel_lr or config.lr, "plain": config.lr, "matrix": config.lr}
+    device = next(model.parameters()).device
+    on_gpu = device.type == "cuda"
     return torch.optim.AdamW(
         [
             {
                 "params": parameters,
                 "name": name,
                 "peak": rates[name],
+                "lr": torch.tensor(rates[name], device=device) if on_gpu else rates[name],
                 "weight_decay": config.weight_decay if name == "matrix" else 0.0,
             }
             for name, parameters in groups.items()
@@ -48,6 +52,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         betas=config.betas,
         eps=config.eps,
         fused=True,
+        capturable=on_gpu,
     )
 
 
@@ -70,4 +75,7 @@ def schedule(config: OptimConfig, step: int, steps: int) -> float:
 def set_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
     """Set every group's rate to a share of its peak."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * share
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(group["peak"] * share)
+        else:
+            group["lr"] = group["peak"] * share

@@ -45,11 +45,26 @@ def compute_gradients(
         alone = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
         with alone:
             batch = part.to(device, non_blocking=True)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss, hits = score(forward(model, batch), batch.labels)
-            (loss * (distributed.size() / max(targets, 1))).backward()
-        sums += torch.stack([loss.detach().double(), hits.double()])
+            sums += add_gradients(model, batch, distributed.size() / max(targets, 1), dtype)
     return sums
+
+
+def add_gradients(model: nn.Module, batch: Batch, weight: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """Add the gradient of `weight` times the summed loss of one slice to the parameters' gradients.
+
+    Args:
+        model: wrapped by DDP or not.
+        batch: on the model's device.
+        weight: of the sum; a tensor where a CUDA graph must see it change.
+        dtype: compute type; bfloat16 runs under autocast.
+
+    Returns:
+        Sum of the loss and number of hits, float64 [2].
+    """
+    with torch.autocast(batch.inputs.device.type, dtype, enabled=dtype != torch.float32):
+        loss, hits = score(forward(model, batch), batch.labels)
+    (loss * weight).backward()
+    return torch.stack([loss.detach().double(), hits.double()])
 
 
 def clip_gradients(model: nn.Module, limit: float) -> Tensor:

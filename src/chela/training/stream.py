@@ -4,13 +4,16 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from chela.config import RunConfig
 from chela.data import Batch, Task, indices_at
+from chela.data.buckets import Buckets
 from chela.training import distributed
-from chela.training.metrics import check_labels, check_tokens, targets
+from chela.training.metrics import IGNORED, check_labels, check_tokens, targets
 
 
 @dataclass(frozen=True)
@@ -25,34 +28,50 @@ class Share:
     """Positions that are not padding, in all parts."""
 
 
-def take_share(task: Task, run: RunConfig, step: int) -> Share:
-    """Read this process's share of a step's batch: a pure function of seed, step, rank and world size.
+class Source:
+    """Which examples each step takes, and this process's share of them: pure functions of seed, step, rank and size."""
 
-    The global batch is cut into as many runs of equal length as there are processes, each of those into
-    `train.accumulate` parts.
+    def __init__(self, task: Task, run: RunConfig) -> None:
+        self._task, self._run = task, run
+        lengths = getattr(task.train, "lengths", None)
+        pool = run.train.bucket_batches if lengths is not None else 0
+        self._buckets = Buckets(lengths(), run.train.batch_size, run.seed, pool) if lengths and pool else None
 
-    Raises:
-        ValueError: a token or label out of range.
-    """
-    indices = indices_at(len(task.train), run.train.batch_size, step, run.seed)
-    mine = indices.reshape(distributed.size(), run.train.accumulate, -1)[distributed.rank()]
-    parts = [task.train.batch(part) for part in mine]
-    for part in parts:
-        check_tokens(part, run.model.vocab)
-        check_labels(part, run.model.vocab if run.model.kind == "causal-lm" else run.model.classes)
-    return Share(parts, sum(map(targets, parts)), sum(map(_tokens, parts)))
+    def share(self, step: int) -> Share:
+        """Read this process's share of a step's batch.
+
+        The global batch is cut into as many runs of equal length as there are processes, each of those into
+        `train.accumulate` parts.
+
+        Raises:
+            ValueError: a token or label out of range.
+        """
+        run = self._run
+        mine = self._indices(step).reshape(distributed.size(), run.train.accumulate, -1)[distributed.rank()]
+        parts = [self._task.train.batch(part) for part in mine]
+        for part in parts:
+            check_tokens(part, run.model.vocab)
+            check_labels(part, run.model.vocab if run.model.kind == "causal-lm" else run.model.classes)
+        count, tokens = sum(map(targets, parts)), sum(map(_tokens, parts))
+        longest = run.model.kernel_length if run.model.kind != "causal-lm" else 0
+        return Share([pad(part, run.train.pad_multiple, longest) for part in parts], count, tokens)
+
+    def _indices(self, step: int) -> np.ndarray:
+        if self._buckets is not None:
+            return self._buckets.at(step)
+        return indices_at(len(self._task.train), self._run.train.batch_size, step, self._run.seed)
 
 
 class Stream:
-    """`take_share`, one step ahead in a thread of its own; page-locked memory when it goes to a GPU."""
+    """A source's shares, one step ahead in a thread of its own; page-locked memory when it goes to a GPU."""
 
-    def __init__(self, task: Task, run: RunConfig, device: torch.device) -> None:
+    def __init__(self, source: Source, steps: int, device: torch.device) -> None:
         def read(step: int) -> Share:
-            share = take_share(task, run, step)
+            share = source.share(step)
             return replace(share, parts=[_pin(part) for part in share.parts]) if device.type == "cuda" else share
 
         self._read: Callable[[int], Share] = read
-        self._steps = run.train.steps
+        self._steps = steps
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="chela-data")
         self._ahead: tuple[int, Future[Share]] | None = None
 
@@ -69,6 +88,31 @@ class Stream:
         if step + 1 < self._steps:
             self._ahead = step + 1, self._pool.submit(self._read, step + 1)
         return share
+
+
+def pad(batch: Batch, multiple: int, longest: int) -> Batch:
+    """Pad sequences on the right to a multiple of `multiple` steps (at most `longest`, unless it is 0), with masks.
+
+    Few different lengths mean few CUDA graphs. `multiple` 1 changes nothing. Labels of positions are padded, too.
+    """
+    if multiple == 1:
+        return batch
+    inputs, mask = _pad_side(batch.inputs, batch.mask, multiple, longest)
+    labels = batch.labels
+    if labels.ndim == 2:
+        labels = F.pad(labels, (0, inputs.shape[1] - labels.shape[1]), value=IGNORED)
+    padded = replace(batch, inputs=inputs, mask=mask, labels=labels)
+    if batch.second is not None:
+        second, second_mask = _pad_side(batch.second, batch.second_mask, multiple, longest)
+        padded = replace(padded, second=second, second_mask=second_mask)
+    return padded
+
+
+def _pad_side(x: Tensor, mask: Tensor | None, multiple: int, longest: int) -> tuple[Tensor, Tensor]:
+    length = -(-x.shape[1] // multiple) * multiple
+    more = max(0, (min(length, longest) if longest else length) - x.shape[1])
+    mask = x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
+    return F.pad(x, (0, 0, 0, more) if x.ndim == 3 else (0, more)), F.pad(mask, (0, more))
 
 
 def _tokens(batch: Batch) -> int:

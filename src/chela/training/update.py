@@ -1,0 +1,195 @@
+"""One update of the weights: computed kernel by kernel, or replayed as a CUDA graph.
+
+On a GPU a small model's kernels are done before the next one is launched. There the blocks are compiled, which fuses
+what lies between the ops, and the whole update is recorded once for each shape of batch and replayed: the same kernels
+on the same memory, launched at once.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+
+from chela.config import RunConfig
+from chela.data import Batch
+from chela.training import distributed
+from chela.training.guard import Guard
+from chela.training.step import add_gradients, clip_gradients, compute_gradients, dropout_seed
+from chela.training.stream import Share
+
+Update = Callable[[Share, int, int], None]
+"""Takes a share, the number of targets in all shares, and the step: updates the weights, adds to the sums."""
+
+
+@contextmanager
+def make_update(
+    model: nn.Module, optimizer: torch.optim.Optimizer, guard: Guard, sums: Tensor, run: RunConfig, dtype: torch.dtype
+) -> Iterator[Update]:
+    """The update that fits the device and the settings.
+
+    A CUDA graph holds the update of one process that takes its batch in one piece; elsewhere kernels are launched one
+    by one.
+
+    Args:
+        model: on its device.
+        optimizer: of its parameters.
+        guard: told of every step.
+        sums: loss, hits and gradient norm so far, float64 [3], on the device; each update adds its own.
+        run: every setting.
+        dtype: compute type.
+    """
+    device = sums.device
+    whole = distributed.size() == 1 and run.train.accumulate == 1
+    if device.type == "cuda" and run.train.compile and whole:
+        yield GraphedUpdate(model, optimizer, guard, sums, run, dtype)
+        return
+    update = PlainUpdate(model, optimizer, guard, sums, run, dtype)
+    try:
+        yield update
+    finally:
+        update.release()
+
+
+class PlainUpdate:
+    """An update launched kernel by kernel, on any device and any number of processes."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        guard: Guard,
+        sums: Tensor,
+        run: RunConfig,
+        dtype: torch.dtype,
+    ) -> None:
+        self.model, self.optimizer, self.guard, self.sums = model, optimizer, guard, sums
+        self.run, self.dtype = run, dtype
+        self.parallel: nn.Module | None = distributed.wrap(model, sums.device)
+
+    def __call__(self, share: Share, targets: int, step: int) -> None:
+        """Update the weights with this process's share."""
+        assert self.parallel is not None
+        seed, device = self.run.seed, self.sums.device
+        scores = compute_gradients(self.parallel, share.parts, targets, seed, step, device, self.dtype)
+        distributed.sum_over_ranks(scores)
+        apply_gradients(self.model, self.optimizer, self.guard, self.sums, self.run.optim.clip, scores, step)
+
+    def release(self) -> None:
+        """Let go of DDP, which holds on to the process group, also where a traceback holds on to this update."""
+        self.parallel = None
+
+
+def apply_gradients(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    guard: Guard,
+    sums: Tensor,
+    clip: float,
+    scores: Tensor,
+    step: int | Tensor,
+) -> None:
+    """Clip, update (unless a step so far was not finite) and forget the gradients; add scores and norm to the sums."""
+    loss, hits = scores
+    norm = clip_gradients(model, clip)
+    optimizer.found_inf = guard.watch(step, loss, norm)  # pyrefly: ignore
+    optimizer.step()
+    optimizer.zero_grad()
+    sums += torch.stack([loss, hits, norm.double()])
+
+
+@dataclass(frozen=True)
+class Recording:
+    """An update as a graph, and the memory it reads its batch from."""
+
+    graph: torch.cuda.CUDAGraph
+    """The kernels of one update."""
+    batch: Batch
+    """On the device, overwritten before each replay."""
+
+
+class GraphedUpdate:
+    """An update that is recorded when a shape of batch is first met, and replayed from then on."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        guard: Guard,
+        sums: Tensor,
+        run: RunConfig,
+        dtype: torch.dtype,
+    ) -> None:
+        self.model, self.optimizer, self.guard, self.sums = model, optimizer, guard, sums
+        self.run, self.dtype = run, dtype
+        self.step = torch.zeros((), dtype=torch.float64, device=sums.device)
+        self.weight = torch.zeros((), device=sums.device)  # of each target in the loss
+        self.recordings: dict[tuple[torch.Size | None, ...], Recording] = {}
+        self.memory = torch.cuda.graph_pool_handle()  # one for all: only one recording runs at a time
+
+    def __call__(self, share: Share, targets: int, step: int) -> None:
+        """Update the weights with a share of one part."""
+        (part,) = share.parts
+        shapes = tuple(None if x is None else x.shape for x in _tensors(part))
+        recording = self.recordings.get(shapes)
+        if recording is None:
+            recording = self.recordings[shapes] = self._record(part)
+        for place, value in zip(_tensors(recording.batch), _tensors(part), strict=True):
+            if place is not None and value is not None:
+                place.copy_(value, non_blocking=True)
+        self.step.fill_(step)
+        self.weight.fill_(1 / max(targets, 1))
+        torch.manual_seed(dropout_seed(self.run.seed, step, 0, 0))  # a replay reads the generator's seed anew
+        recording.graph.replay()
+
+    def _update(self, batch: Batch) -> None:
+        scores = add_gradients(self.model, batch, self.weight, self.dtype)
+        apply_gradients(self.model, self.optimizer, self.guard, self.sums, self.run.optim.clip, scores, self.step)
+
+    def _record(self, part: Batch) -> Recording:
+        """Take a step that compiles whatever it meets, undo it, and record the next."""
+        batch = part.to(self.sums.device)
+        before = {id(tensor): tensor.detach().clone() for tensor in self._state()}
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the compiler's advice, to those who work on it
+            self._update(batch)
+        torch.cuda.current_stream().wait_stream(aside)
+        with torch.no_grad():
+            for tensor in self._state():
+                tensor.copy_(
+                    before.get(id(tensor), torch.zeros_like(tensor))
+                )  # AdamW's averages are new and start at 0
+        del before
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.memory):
+            self._update(batch)
+        return Recording(graph, batch)
+
+    def _state(self) -> list[Tensor]:
+        """Whatever an update changes."""
+        averages = [value for state in self.optimizer.state.values() for value in state.values()]
+        return [*self.model.parameters(), *self.model.buffers(), *averages, self.sums, self.guard.bad_step]
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile the model's blocks, one program for all of them and for every length.
+
+    Weights and their names stay as they are.
+    """
+    for block in model.backbone.blocks:  # pyrefly: ignore
+        block.compile(fullgraph=True, dynamic=True)
+
+
+def uncompiled(model: nn.Module) -> AbstractContextManager[object]:
+    """Run a model's compiled blocks as they are written, for a while: for evaluation, or to look inside."""
+    if any(block._compiled_call_impl is not None for block in model.backbone.blocks):  # pyrefly: ignore
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
+
+
+def _tensors(batch: Batch) -> list[Tensor | None]:
+    return [getattr(batch, field.name) for field in fields(batch)]
