@@ -118,7 +118,7 @@ class ShortLongConv(nn.Module):
         before = state or ShortLongState(None, None)
         carry = {"causal": self.causal, "return_state": return_state, "cu_seqlens": cu_seqlens, "impl": impl}
         after_short = after_long = None
-        u = _zero_padding(x, mask)
+        u = _zero_padding(_narrow(x), mask)
         if self.short_weight is not None:
             u, after_short = short_conv(
                 u, self.short_weight.to(u.dtype), self.short_bias, activation="silu", state=before.short, **carry
@@ -179,6 +179,14 @@ class ShortLongConv(nn.Module):
             )
             total = total + norm(branch, mask)
         return total
+
+
+def _narrow(x: Tensor) -> Tensor:
+    """What autocast does before a matrix product: norms and embeddings come in float32."""
+    kind = x.device.type
+    if x.dtype == torch.float32 and kind != "meta" and torch.is_autocast_enabled(kind):
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
 
 
 def _zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
