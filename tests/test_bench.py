@@ -12,10 +12,10 @@ from chela.evaluation.bench import COLUMNS, run_bench
 from chela.evaluation.bench_cases import SUITES
 from chela.evaluation.bench_peers import FEW
 from chela.evaluation.bench_suite import Contender
-from chela.evaluation.timing import copy_speed, measure
+from chela.evaluation.timing import Time, copy_speed, measure
 
 CPU = torch.device("cpu")
-SMALL = {"B": 1, "T": 9, "H": 2, "K": 4, "V": 4, "D": 4, "W": 3, "L": 9}
+SMALL = {"B": 1, "T": 9, "H": 2, "K": 4, "V": 4, "D": 4, "W": 3, "L": 9, "N": 6}
 SHAPES: dict[str, tuple[dict[str, int], ...]] = {
     suite.op: ({axis: SMALL[axis] for axis in suite.check},) for suites in SUITES.values() for suite in suites
 }  # every suite's axes, few of each
@@ -76,6 +76,16 @@ def test_nothing_is_timed_that_fails_its_check(tmp_path, console, monkeypatch):
     with pytest.raises(AssertionError, match=r"short-conv, chela reference, torch\.float32 on cpu"):
         run_bench(["short-conv"], out=tmp_path / "b.csv", device="cpu", shapes=SHAPES, console=console)
     assert not timed
+
+
+def test_the_time_of_a_run_of_many_tokens_is_given_for_one(tmp_path, console, monkeypatch):
+    monkeypatch.setattr(bench, "measure", lambda *words: Time(12.0, 6.0, 18.0, 3))
+    rows = run_bench(["decode"], out=tmp_path / "b.csv", device="cpu", shapes=SHAPES, console=console)
+    found = {row["implementation"]: row for row in rows if row["op"] == "decode, long convolution"}
+    assert found["chela reference, online"]["median_ms"] == "2"  # of 6 tokens
+    assert found["chela, dot product"]["median_ms"] == "3"  # of 4
+    assert found["chela, dot product"]["low_ms"] == "1.5"
+    assert found["chela reference, online"]["tokens_per_s"] == "500"
 
 
 @pytest.mark.parametrize("op", ["linear-attention", "short-conv", "long-conv"])

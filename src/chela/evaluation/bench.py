@@ -126,7 +126,7 @@ def _check(suite: Suite, dtype: torch.dtype, device: torch.device) -> dict[str, 
     for contender in suite.contenders:
         if contender.impl and all(_runs(contender.impl, device, op) for op in suite.uses):
             try:
-                errors = check_op(contender.run, suite.plain, inputs)
+                errors = check_op(contender.run, suite.plain, inputs, gradients=suite.gradients)
             except AssertionError as error:
                 raise AssertionError(f"{suite.op}, {contender.name}, {dtype} on {device}: {error}") from None
             checked[contender.name] = max(errors.values())
@@ -175,7 +175,7 @@ def _time(
         if not contender.takes(shape, device):
             continue
         try:
-            times, out = _measure(contender, contender.prepare(inputs, shape), suite.backward, device, seconds)
+            times, out = _measure(suite, contender, contender.prepare(inputs, shape), device, seconds)
         except Exception as error:
             if contender.impl:
                 raise
@@ -189,13 +189,14 @@ def _time(
 
 
 def _measure(
-    contender: Contender, inputs: Inputs, backward: bool, device: torch.device, seconds: float
+    suite: Suite, contender: Contender, inputs: Inputs, device: torch.device, seconds: float
 ) -> tuple[dict[str, Time], int]:
     """Times by pass, and the bytes of the output."""
     with torch.no_grad():
         times = {"forward": measure(lambda: contender.run(**inputs), device, seconds)}
         out = contender.run(**inputs)
-    if backward:
+        times["forward"] = times["forward"].shared(suite.steps(out))
+    if suite.backward:
         leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
         cotangent = draw(*out.shape, seed=9, dtype=out.dtype, device=device, on_device=True)
 

@@ -13,23 +13,32 @@ from torch.nn import functional as F
 
 from chela.evaluation.bench_peers import FLA_CHUNK, FLA_FUSED, LIGHTNING, OWN_SHAPE, SDPA
 from chela.evaluation.bench_suite import Contender, Inputs, Shape, Suite
-from chela.ops import linear_attention, linear_attention_step, long_conv, long_conv_step, short_conv, short_conv_step
+from chela.ops import (
+    linear_attention,
+    linear_attention_step,
+    long_conv,
+    long_conv_online_state,
+    long_conv_step,
+    short_conv,
+    short_conv_step,
+)
 from chela.ops.impl import Impl
 from chela.ops.linear_attention.reference import quadratic
+from chela.ops.long_conv.online import OnlineState
 from chela.ops.short_conv.reference import taps
 from chela.ops.testing import draw, linear_attention_inputs, long_conv_inputs, short_conv_inputs
 
 IMPLS: tuple[Impl, ...] = ("triton", "reference")
 
 
-def _ours(run: Callable[..., Tensor]) -> tuple[Contender, ...]:
+def _ours(run: Callable[..., Tensor], name: str = "chela {}") -> tuple[Contender, ...]:
     def bound(impl: Impl) -> Callable[..., Tensor]:
         return lambda **inputs: run(**inputs, impl=impl)
 
     def longest(impl: Impl) -> Callable[[str], int]:
         return lambda device: 131_072 if impl == "reference" and device == "cuda" else 2**62
 
-    return tuple(Contender(f"chela {impl}", bound(impl), impl=impl, longest=longest(impl)) for impl in IMPLS)
+    return tuple(Contender(name.format(impl), bound(impl), impl=impl, longest=longest(impl)) for impl in IMPLS)
 
 
 def _lengths(base: Shape, lengths: Sequence[int], tokens: int = 0) -> tuple[Shape, ...]:
@@ -206,10 +215,55 @@ DECODE_CONVOLUTIONS = Suite(
     tokens=lambda shape: shape["B"],
 )
 
+
+def _tokens(s: Shape, **options: Any) -> Inputs:
+    inputs = long_conv_inputs(s["B"], s["N"], s["D"], s["T"], state=s["T"] - 1, **options)
+    return {name: inputs[name] for name in ("x", "kernel", "state")}
+
+
+def _decode(x: Tensor, kernel: Tensor, state: Tensor | OnlineState, impl: Impl) -> Tensor:
+    outs = []
+    for token in x.unbind(1):
+        out, state = long_conv_step(token, kernel, state=state, impl=impl)
+        outs.append(out)
+    return torch.stack(outs, 1)
+
+
+def _decode_online(x: Tensor, kernel: Tensor, state: Tensor, impl: Impl) -> Tensor:
+    return _decode(x, kernel, long_conv_online_state(state, kernel), impl)
+
+
+DECODE_ONLINE = Suite(
+    op="decode, long convolution",
+    uses=("long_conv",),
+    make=_tokens,
+    plain=lambda x, kernel, state: _fft(torch.cat([state, x], 1).mT, kernel).mT[:, state.shape[1] :],
+    contenders=(
+        *_ours(_decode_online, "chela {}, online"),
+        Contender(
+            "chela, dot product",
+            lambda x, kernel, state: _decode(x, kernel, state, "reference"),
+            prepare=lambda inputs, shape: inputs | {"x": inputs["x"][:, :4]},  # its tokens all cost the same
+            impl="reference",
+        ),
+    ),
+    shapes={
+        "cpu": tuple({"B": 1, "T": t, "D": 256, "N": 4096} for t in (1024, 4096, 16_384, 65_536)),
+        "cuda": tuple({"B": 1, "T": t, "D": 1024, "N": 4096} for t in (4096, 16_384, 131_072, 1_048_576)),
+    },
+    check={"B": 2, "T": 333, "D": 24, "N": 600},
+    gradients=False,
+    backward=False,
+    floor=False,
+    tokens=lambda shape: shape["B"],
+    steps=lambda out: out.shape[1],
+)
+"""N tokens one by one, the beginning of the online state included, after T inputs within reach; time of one token."""
+
 SUITES = {
     "linear-attention": (ATTENTION,),
     "short-conv": (SHORT,),
     "long-conv": (LONG,),
-    "decode": (DECODE_ATTENTION, DECODE_CONVOLUTIONS),
+    "decode": (DECODE_ATTENTION, DECODE_CONVOLUTIONS, DECODE_ONLINE),
 }
 """What each name on the command line stands for."""

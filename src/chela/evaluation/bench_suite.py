@@ -54,7 +54,13 @@ class Suite:
     """For each kind of device."""
     check: Shape
     """A small, odd shape for the checks."""
+    gradients: bool = True
+    """Whether the op has any; the checks hold them too."""
     backward: bool = True
+    """Whether the backward pass is timed."""
     floor: bool = True
     """Whether all the op must read and write are the inputs and the output, so that a copy's speed is its limit."""
     tokens: Callable[[Shape], int] = lambda shape: shape["B"] * shape["T"]
+    """Tokens that one time is given for."""
+    steps: Callable[[Tensor], int] = lambda out: 1
+    """How many times of the table a run took, by its output: a run of many tokens, one by one, gives the mean."""

@@ -22,6 +22,10 @@ class Time:
     high: float
     repeats: int
 
+    def shared(self, steps: int) -> "Time":
+        """The mean of that many steps that one run took."""
+        return Time(self.median / steps, self.low / steps, self.high / steps, self.repeats)
+
 
 def measure(work: Callable[[], object], device: torch.device, seconds: float) -> Time:
     """Time `work` for about `seconds` after a warm-up.

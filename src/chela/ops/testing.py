@@ -134,30 +134,34 @@ def values_and_gradients(
     *,
     seed: int = 0,
     rounded_to: torch.dtype | None = None,
+    gradients: bool = True,
 ) -> dict[str, Tensor]:
-    """Run `op(**inputs)` forward and backward with random cotangents on every output.
+    """Run `op(**inputs)` forward and, asked for, backward with random cotangents on every output.
 
     Args:
         op: returns a tensor or a tuple of tensors; None among them is left out.
         inputs: by argument name; gradients are taken for all.
         seed: of the cotangents, which are the same for every dtype and device.
         rounded_to: round the cotangents to this dtype first, so that runs in wider dtypes get the same ones.
+        gradients: False for an op that has none.
 
     Returns:
         "out", "state" (further outputs: "output 2", ...) and "grad NAME" for every input, detached.
     """
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+    leaves = {name: tensor.detach().requires_grad_(gradients) for name, tensor in inputs.items()}
     outputs = op(**leaves)
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
     names = ["out", "state", *(f"output {n}" for n in range(2, len(outputs)))]
     named = {name: tensor for name, tensor in zip(names, outputs, strict=False) if tensor is not None}
+    values = {name: tensor.detach() for name, tensor in named.items()}
+    if not gradients:
+        return values
     cotangents = []
     for n, tensor in enumerate(named.values()):
         cotangent = draw(*tensor.shape, seed=1000 + seed + n, dtype=rounded_to or tensor.dtype, device=tensor.device)
         cotangents.append(cotangent.to(tensor.dtype))
-    gradients = torch.autograd.grad([*named.values()], [*leaves.values()], cotangents, materialize_grads=True)
-    values = {name: tensor.detach() for name, tensor in named.items()}
-    return values | {f"grad {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+    grads = torch.autograd.grad([*named.values()], [*leaves.values()], cotangents, materialize_grads=True)
+    return values | {f"grad {name}": grad for name, grad in zip(leaves, grads, strict=True)}
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -209,7 +213,13 @@ def assert_within_budget(
 
 
 def check_op(
-    op: Callable[..., Any], plain: Callable[..., Any], inputs: dict[str, Tensor], *, seed: int = 0, draws: int = 1
+    op: Callable[..., Any],
+    plain: Callable[..., Any],
+    inputs: dict[str, Tensor],
+    *,
+    seed: int = 0,
+    draws: int = 1,
+    gradients: bool = True,
 ) -> dict[str, float]:
     """Hold every value and gradient of `op` to the budget set by `plain` on the same inputs.
 
@@ -220,6 +230,7 @@ def check_op(
         seed: of the cotangents.
         draws: of cotangents for the plain implementation; the largest budget counts. The error of a gradient with a
             handful of entries (a decay's) is a single draw of a random number, and one in three passes twice another.
+        gradients: False for an op that has none.
 
     Returns:
         Relative error of every value and gradient against float64.
@@ -229,11 +240,12 @@ def check_op(
     """
     low_dtype = next(iter(inputs.values())).dtype
     wide_inputs = {name: tensor.double() for name, tensor in inputs.items()}
-    actual = values_and_gradients(op, inputs, seed=seed, rounded_to=low_dtype)
+    actual = values_and_gradients(op, inputs, seed=seed, rounded_to=low_dtype, gradients=gradients)
     plainly = []
     for n in range(draws):
         each = (
-            values_and_gradients(plain, x, seed=seed + 100 * n, rounded_to=low_dtype) for x in (inputs, wide_inputs)
+            values_and_gradients(plain, x, seed=seed + 100 * n, rounded_to=low_dtype, gradients=gradients)
+            for x in (inputs, wide_inputs)
         )
         plainly.append((*each,))
     low, high = plainly[0]
