@@ -290,11 +290,12 @@ def test_a_folder_without_its_files_is_no_run(tmp_path, digits_run):
 
 
 def test_a_task_in_words(tmp_path):
-    lines = describe_task("digits", tmp_path).splitlines()
+    lines = describe_task(DataConfig(root=tmp_path)).splitlines()
     assert lines[1] == "  1,259 training, 179 validation, 359 test examples"
-    assert "  10 classes" in lines
+    assert lines[2] == "  64 steps of 1 real value(s)"
+    assert lines[3].startswith("  10 classes in training: 0 9.8 %, 1 10.2 %, ")
     assert any("majority class: 10.03 %" in line for line in lines)
-    assert lines[-1].startswith("  first training example, 64 steps, label ")
+    assert lines[-1].startswith("  first training example, 64 steps, labelled 0: -0.81 ")
 
 
 def test_what_lies_in_a_data_folder(tmp_path):

@@ -57,12 +57,14 @@ OPTIONS = {
         " --model.kernel-length --model.kernel --model.taps-per-octave --model.branches --model.branch-norm"
         " --model.squash --model.tap-dropout --model.attention --model.attention-norm --model.decay --model.norm"
         " --model.prenorm --model.dropout --model.pooling --model.merged"
-        " --data.task --data.root --data.encoding --data.rate --data.max-length --data.min-length --data.examples --data.seed"
+        " --data.task --data.root --data.encoding --data.rate --data.max-length --data.min-length --data.examples"
+        " --data.seed"
         " --optim.lr --optim.kernel-lr --optim.weight-decay --optim.betas --optim.eps --optim.clip --optim.warmup"
         " --optim.schedule"
-        " --train.steps --train.batch-size --train.accumulate --train.eval-every --train.eval-batch-size"
-        " --train.eval-examples --train.save-every --train.keep --train.log-every --train.time-limit"
-        " --train.chance-after --train.device --train.dtype --train.deterministic"
+        " --train.steps --train.batch-size --train.bucket-batches --train.pad-multiple --train.accumulate"
+        " --train.eval-every --train.eval-batch-size --train.eval-examples"
+        " --train.save-every --train.keep --train.log-every --train.time-limit"
+        " --train.chance-after --train.device --train.dtype --train.compile --train.deterministic"
     ),
     "eval": "--split --data.root --batch-size --device",
     "generate": "--prompt --max-new-tokens --temperature --top-k --top-p --seed --device",
@@ -183,7 +185,8 @@ def test_options_of_every_command():
 def test_names_of_presets_and_tasks():
     assert " ".join(PRESETS) == "digits listops-tiny lm-tiny listops text retrieval image pathfinder path-x speech"
     assert " ".join(TASKS) == (
-        "digits listops text retrieval image pathfinder path-x image-colour speech speech-35 spoken-digits citations bytes"
+        "digits listops text retrieval image pathfinder path-x image-colour speech speech-35 spoken-digits citations"
+        " bytes"
     )
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+Encoding = Literal["", "bytes", "characters", "real", "tokens"]
+
 
 def _require(holds: bool, message: str) -> None:
     if not holds:
@@ -108,6 +110,10 @@ class DataConfig:
     """Task name: `chela data` lists them."""
     root: Path = Path("~/.cache/chela")
     """Folder of downloaded and generated data."""
+    encoding: Encoding = ""
+    """What a step is: byte or character of a text, pixel as real value or as token; empty takes the task's usual."""
+    rate: int = 0
+    """Samples a second of recordings, 16000 or every second one, 8000; 0 takes the rate of the files."""
     max_length: int = 0
     """Cut sequences to this many tokens; 0 takes the task's own length."""
     min_length: int = 0
@@ -118,7 +124,7 @@ class DataConfig:
     """Seed of generated data and of splits that are not published; the seed of a run does not change them."""
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "min_length", "examples", "seed"):
+        for name in ("rate", "max_length", "min_length", "examples", "seed"):
             _require(getattr(self, name) >= 0, f"data.{name} must not be negative, got {getattr(self, name)}")
 
 
@@ -158,6 +164,10 @@ class TrainConfig:
     """Optimiser steps."""
     batch_size: int = 64
     """Examples an optimiser step, over all processes and accumulation."""
+    bucket_batches: int = 0
+    """Batches whose sequences are sorted by length together, so that a batch holds like lengths; 0 sorts nothing."""
+    pad_multiple: int = 1
+    """Sequences are padded to a multiple of this many steps: fewer different lengths to compile and record for."""
     accumulate: int = 1
     """Slices a process cuts its share of the batch into, to save memory."""
     eval_every: int = 100
@@ -180,13 +190,24 @@ class TrainConfig:
     """Where to train; auto takes the GPU when there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type under autocast (parameters stay float32); auto is bfloat16 on a GPU, float32 on a CPU."""
+    compile: bool = True
+    """On a GPU, compile the blocks and (one process, no accumulation) replay each step as a CUDA graph."""
     deterministic: bool = False
     """Ask torch for deterministic algorithms everywhere."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "eval_every", "save_every", "keep", "log_every"):
+        for name in (
+            "steps",
+            "batch_size",
+            "pad_multiple",
+            "accumulate",
+            "eval_every",
+            "save_every",
+            "keep",
+            "log_every",
+        ):
             _require(getattr(self, name) >= 1, f"train.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("eval_batch_size", "eval_examples", "chance_after"):
+        for name in ("bucket_batches", "eval_batch_size", "eval_examples", "chance_after"):
             _require(getattr(self, name) >= 0, f"train.{name} must not be negative, got {getattr(self, name)}")
         seconds(self.time_limit)
 

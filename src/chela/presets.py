@@ -36,7 +36,14 @@ def listops() -> RunConfig:
         data=DataConfig(task="listops"),
         optim=OptimConfig(lr=3e-3, warmup=2000),
         train=TrainConfig(
-            steps=30_000, batch_size=64, eval_every=1000, save_every=1000, log_every=50, chance_after=3000
+            steps=30_000,
+            batch_size=64,
+            bucket_batches=50,
+            pad_multiple=128,
+            eval_every=1000,
+            save_every=1000,
+            log_every=50,
+            chance_after=3000,
         ),
     )
 
@@ -51,7 +58,15 @@ def listops_tiny() -> RunConfig:
         data=replace(start.data, min_length=16, max_length=128, examples=50_000),
         optim=replace(start.optim, warmup=200),
         train=replace(
-            start.train, steps=2000, batch_size=32, eval_every=200, save_every=200, log_every=10, chance_after=1000
+            start.train,
+            steps=2000,
+            batch_size=32,
+            bucket_batches=0,
+            pad_multiple=1,
+            eval_every=200,
+            save_every=200,
+            log_every=10,
+            chance_after=1000,
         ),
     )
 
@@ -73,7 +88,7 @@ def text() -> RunConfig:
 
 
 def retrieval() -> RunConfig:
-    """LRA Retrieval, do two papers cite each other, twice 4,000 bytes (untuned start; no data reader yet).
+    """LRA Retrieval, do two papers cite each other, twice 4,000 bytes (one GPU, untuned start).
 
     After MEGA but for pre-norm and the head on `[a, b, a - b, a * b]`; steps cut to fit half an hour.
     """
@@ -107,7 +122,7 @@ def image() -> RunConfig:
 
 
 def pathfinder() -> RunConfig:
-    """LRA Pathfinder, are two dots joined by a path, 32 x 32 pixels (untuned start; no data reader yet).
+    """LRA Pathfinder, are two dots joined by a path, 32 x 32 pixels (one GPU, untuned start).
 
     After MEGA; steps and warm-up cut to a quarter to fit half an hour. A long stay at chance before learning is usual.
     """
@@ -123,7 +138,7 @@ def pathfinder() -> RunConfig:
 
 
 def path_x() -> RunConfig:
-    """LRA Path-X, the same question on 128 x 128 pixels, 16,384 steps (untuned start; no data reader yet).
+    """LRA Path-X, the same question on 128 x 128 pixels, 16,384 steps (one GPU, untuned start).
 
     After MEGA; batch halved, steps and warm-up cut to a tenth to fit half an hour.
     """
@@ -135,6 +150,24 @@ def path_x() -> RunConfig:
         data=DataConfig(task="path-x"),
         optim=replace(start.optim, warmup=2500),
         train=replace(start.train, steps=12_500, batch_size=64, chance_after=6000),
+    )
+
+
+def speech() -> RunConfig:
+    """Ten spoken words as raw samples, 16,000 steps (one GPU, untuned start).
+
+    After MEGA's larger model for SC-Raw; steps and warm-up cut to a tenth to fit half an hour.
+    """
+    start = image()
+    return replace(
+        start,
+        preset="speech",
+        model=replace(
+            start.model, layers=6, d_model=72, d_ff=144, d_key=36, d_value=144, kernel_length=16_000, causal=False
+        ),
+        data=DataConfig(task="speech"),
+        optim=replace(start.optim, lr=8e-3, weight_decay=0.01, warmup=1000),
+        train=replace(start.train, steps=25_000, batch_size=20),
     )
 
 
@@ -161,6 +194,7 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "image": image,
     "pathfinder": pathfinder,
     "path-x": path_x,
+    "speech": speech,
 }
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from chela.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from chela.config import DataConfig, Encoding, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from chela.presets import PRESETS, preset
 from chela.record import nearest
 
@@ -126,12 +126,29 @@ def generate(
     print(f"\n{written.tokens} tokens, {written.tokens_per_second:,.0f} a second", file=sys.stderr)
 
 
-def data(task: TaskName = "", root: Path = ROOT) -> None:
+def data(
+    task: TaskName = "",
+    root: Path = ROOT,
+    encoding: Encoding = "",
+    rate: int = 0,
+    max_length: int = 0,
+    min_length: int = 0,
+    examples: int = 0,
+    seed: int = 0,
+) -> None:
     """Prepare the data of a task and say what is there; without a task, list the tasks.
+
+    The options are those of `chela train PRESET --data.NAME`.
 
     Args:
         task: Name of the task.
         root: Folder of downloaded and generated data.
+        encoding: What a step is: byte or character of a text, pixel as real value or as token.
+        rate: Samples a second of recordings.
+        max_length: Cut sequences to this many tokens.
+        min_length: Shortest tree (ListOps).
+        examples: Examples to generate, where the task is generated.
+        seed: Seed of generated data and of splits that are not published.
     """
     from chela.data import TASKS
     from chela.evaluation.datasets import describe_task
@@ -139,7 +156,20 @@ def data(task: TaskName = "", root: Path = ROOT) -> None:
     if not task:
         print("\n".join(f"{name:<14} {line}" for name, line in TASKS.items()))
         return
-    print(describe_task(task, root, progress=print))
+    try:
+        asked = DataConfig(
+            task=task,
+            root=root,
+            encoding=encoding,
+            rate=rate,
+            max_length=max_length,
+            min_length=min_length,
+            examples=examples,
+            seed=seed,
+        )
+        print(describe_task(asked, progress=print))
+    except ValueError as error:  # data know their settings by the names that `train` has for them
+        raise ValueError(str(error).replace("--data.", "--")) from None
 
 
 def bench(

@@ -1,53 +1,124 @@
 """Tasks: what is read from disk or generated, and batches of it as pure functions of (seed, step)."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-from chela.config import DataConfig
-from chela.data import byte_stream, digits, images, listops, text
+from chela.config import DataConfig, Encoding
+from chela.data import byte_stream, digits, images, listops, pathfinder_files, retrieval, speech, spoken_digits, text
 from chela.data.batch import Batch as Batch
 from chela.data.batch import FixedSplit as FixedSplit
-from chela.data.batch import RaggedSplit as RaggedSplit
+from chela.data.batch import FixedTokens as FixedTokens
 from chela.data.batch import Split as Split
 from chela.data.batch import StreamSplit as StreamSplit
 from chela.data.order import indices_at as indices_at
+from chela.data.ragged import PairSplit as PairSplit
+from chela.data.ragged import RaggedReal as RaggedReal
+from chela.data.ragged import RaggedSplit as RaggedSplit
 from chela.data.task import Task as Task
 from chela.record import nearest
 
-TASKS = {
-    "digits": "1,797 handwritten digits of 8 x 8 pixels, read pixel by pixel (comes with chela)",
-    "listops": "nested list operations, 501 to 1999 symbols (generated, or the published files)",
-    "text": "IMDB reviews as bytes (your copy)",
-    "image": "CIFAR-10 in gray, read pixel by pixel (your copy)",
-    "bytes": "language modelling on the bytes of any text (your files)",
-    "pathfinder": "32 x 32 images of dashed paths (no reader yet)",
-    "path-x": "128 x 128 images of dashed paths (no reader yet)",
-    "retrieval": "pairs of documents (no reader yet)",
-    "speech": "spoken words as raw samples (no reader yet)",
+Progress = Callable[[str], None] | None
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What reads or generates a task, and the settings it understands."""
+
+    load: Callable[[DataConfig, Progress], Task]
+    """Called with the settings, encoding and rate filled in."""
+    about: str
+    """The task in a line."""
+    encodings: tuple[Encoding, ...] = ("",)
+    """Values of `data.encoding`, the usual one first."""
+    rates: tuple[int, ...] = (0,)
+    """Values of `data.rate`, the usual one first."""
+    cuts: bool = False
+    """Whether `data.max_length` cuts sequences; where it does not, all have the same length."""
+
+
+def _pathfinder(size: int) -> Callable[[DataConfig, Progress], Task]:
+    def load(config: DataConfig, progress: Progress) -> Task:
+        task = pathfinder_files.load(config, size, progress)
+        if task is None:
+            raise ValueError(
+                f"no data for {config.task}: put the folder pathfinder{size} of the LRA release "
+                f"(https://github.com/google-research/long-range-arena) into {config.root.expanduser()}, or name the "
+                "folder that has it with --data.root"
+            )
+        return task
+
+    return load
+
+
+TEXTS: tuple[Encoding, ...] = ("bytes", "characters")
+PIXELS: tuple[Encoding, ...] = ("real", "tokens")
+READERS = {
+    "digits": Reader(
+        lambda config, _: digits.load(config), "1,797 handwritten digits, read pixel by pixel (comes with chela)"
+    ),
+    "listops": Reader(
+        listops.load, "nested list operations, 501 to 1999 symbols (generated, or the published files)", cuts=True
+    ),
+    "text": Reader(text.load, "IMDB reviews as bytes or characters (your copy)", encodings=TEXTS, cuts=True),
+    "retrieval": Reader(
+        retrieval.load, "do two papers of AAN cite each other, from both texts (your copy)", encodings=TEXTS, cuts=True
+    ),
+    "image": Reader(
+        lambda config, _: images.load(config), "CIFAR-10 in gray, read pixel by pixel (your copy)", encodings=PIXELS
+    ),
+    "pathfinder": Reader(_pathfinder(32), "are two dots joined, 32 x 32 pixels (your copy)", encodings=PIXELS),
+    "path-x": Reader(_pathfinder(128), "are two dots joined, 128 x 128 pixels (your copy)", encodings=PIXELS),
+    "image-colour": Reader(
+        lambda config, _: images.load_colour(config), "CIFAR-10 in colour, read pixel by pixel (your copy)"
+    ),
+    "speech": Reader(speech.load, "ten spoken words as raw samples (your copy)", rates=(16_000, 8000)),
+    "speech-35": Reader(speech.load_all, "35 spoken words as raw samples (your copy)", rates=(16_000, 8000)),
+    "spoken-digits": Reader(
+        lambda config, _: spoken_digits.load(config),
+        "ten spoken digits as raw samples (your copy)",
+        rates=(8000,),
+        cuts=True,
+    ),
+    "citations": Reader(
+        retrieval.load_citations,
+        "does a paper cite another, from both texts (your own set)",
+        encodings=TEXTS,
+        cuts=True,
+    ),
+    "bytes": Reader(
+        lambda config, _: byte_stream.load(config),
+        "language modelling on the bytes of any text (your files)",
+        cuts=True,
+    ),
 }
+TASKS = {name: reader.about for name, reader in READERS.items()}
 """What each task is, in a line."""
 
 
-def load_task(config: DataConfig, *, progress: Callable[[str], None] | None = None) -> Task:
+def load_task(config: DataConfig, *, progress: Progress = None) -> Task:
     """Read or generate the task `config.task`.
 
     Args:
-        config: task, data root and limits.
+        config: task, data root, encoding and limits.
         progress: told what takes long.
 
     Raises:
-        ValueError: unknown task, a task without a reader, or data that are missing or malformed; says what to do.
+        ValueError: unknown task, a setting it does not take, or data that are missing or malformed; says what to do.
     """
     name = config.task
-    if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}{nearest(name, TASKS)}; tasks: {', '.join(TASKS)}")
-    if name == "digits":
-        return digits.load(config)
-    if name == "listops":
-        return listops.load(config, progress)
-    if name == "text":
-        return text.load(config, progress)
-    if name == "image":
-        return images.load(config)
-    if name == "bytes":
-        return byte_stream.load(config)
-    raise ValueError(f"chela has no reader for {name} yet: it comes with a later version")
+    if name not in READERS:
+        raise ValueError(f"unknown task {name!r}{nearest(name, READERS)}; tasks: {', '.join(READERS)}")
+    reader = READERS[name]
+    if config.encoding and config.encoding not in reader.encodings:
+        raise ValueError(f"--data.encoding is {config.encoding}: {name} {_takes(reader.encodings)}")
+    if config.rate and config.rate not in reader.rates:
+        raise ValueError(f"--data.rate is {config.rate}: {name} {_takes(reader.rates)}")
+    if config.max_length and not reader.cuts:
+        raise ValueError(f"--data.max-length is {config.max_length}: all sequences of {name} have the same length")
+    filled = replace(config, encoding=config.encoding or reader.encodings[0], rate=config.rate or reader.rates[0])
+    return reader.load(filled, progress)
+
+
+def _takes(choices: tuple[object, ...]) -> str:
+    """What a task takes, in words."""
+    return f"takes {' or '.join(map(str, choices))}" if any(choices) else "has one form alone, leave the option out"

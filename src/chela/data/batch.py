@@ -51,12 +51,12 @@ class FixedSplit:
     """Real-valued sequences of one length, kept as small integers: value = (raw - shift) / scale."""
 
     raw: np.ndarray
-    """Raw values, uint8 [N, T] or [N, T, C]."""
+    """Raw values, uint8 or int16, [N, T] or [N, T, C]."""
     labels: np.ndarray
     """Classes, [N]."""
-    shift: float
-    """Subtracted."""
-    scale: float
+    shift: float | tuple[float, ...]
+    """Subtracted: one number, or one a channel."""
+    scale: float | tuple[float, ...]
     """Divided by."""
 
     def __len__(self) -> int:
@@ -65,50 +65,32 @@ class FixedSplit:
     def batch(self, indices: np.ndarray) -> Batch:
         """Standardised values float32 [B, T, C]."""
         values = torch.from_numpy(np.asarray(self.raw[indices], dtype=np.float32))
-        values = (values if values.ndim == 3 else values.unsqueeze(-1)).sub_(self.shift).div_(self.scale)
+        values = values if values.ndim == 3 else values.unsqueeze(-1)
+        values.sub_(torch.tensor(self.shift)).div_(torch.tensor(self.scale))
         return Batch(values, torch.from_numpy(np.asarray(self.labels[indices], dtype=np.int64)))
 
 
 @dataclass(frozen=True)
-class RaggedSplit:
-    """Token sequences of any length, one behind the other."""
+class FixedTokens:
+    """Token sequences of one length, such as pixels read as symbols."""
 
     tokens: np.ndarray
-    """All tokens, uint8 or wider, [total]."""
-    ends: np.ndarray
-    """End of each sequence in `tokens`, int64 [N]."""
+    """Tokens, uint8 or wider, [N, T]."""
     labels: np.ndarray
     """Classes, [N]."""
-    shift: int = 0
-    """Added to every token, so that 0 stays free for padding."""
-    limit: int = 0
-    """Longest sequence kept, the rest is cut; 0 keeps all."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        """Tokens of one sequence, int64."""
-        start, stop = int(self.ends[index - 1]) if index else 0, int(self.ends[index])
-        stop = min(stop, start + self.limit) if self.limit else stop
-        return np.asarray(self.tokens[start:stop], dtype=np.int64) + self.shift
-
-    def lengths(self) -> np.ndarray:
-        """Length of every sequence, int64 [N]."""
-        lengths = np.diff(self.ends, prepend=0)
-        return np.minimum(lengths, self.limit) if self.limit else lengths
-
     def batch(self, indices: np.ndarray) -> Batch:
-        """Tokens int64 [B, T], padded with 0 on the right to the longest of the batch."""
-        rows = [self[int(index)] for index in indices]
-        lengths = torch.tensor([len(row) for row in rows])
-        longest = max(1, int(lengths.max()))
-        inputs = torch.zeros(len(rows), longest, dtype=torch.int64)
-        for place, row in zip(inputs, rows, strict=True):
-            place[: len(row)] = torch.from_numpy(row)
-        mask = torch.arange(longest) < lengths.unsqueeze(1)
-        labels = torch.from_numpy(np.asarray(self.labels[indices], dtype=np.int64))
-        return Batch(inputs, labels, None if bool(mask.all()) else mask)
+        """Tokens int64 [B, T]."""
+        tokens = torch.from_numpy(np.asarray(self.tokens[indices], dtype=np.int64))
+        return Batch(tokens, torch.from_numpy(np.asarray(self.labels[indices], dtype=np.int64)))
+
+
+def pixels(raw: np.ndarray, labels: np.ndarray, encoding: str, shift: float, scale: float) -> FixedSplit | FixedTokens:
+    """Gray images uint8 [N, pixels] as examples: "real" values, or "tokens" of a vocabulary of 256 (LRA's own)."""
+    return FixedTokens(raw, labels) if encoding == "tokens" else FixedSplit(raw, labels, shift, scale)
 
 
 @dataclass(frozen=True)

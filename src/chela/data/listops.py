@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from chela.config import DataConfig
-from chela.data.batch import RaggedSplit
 from chela.data.cache import Arrays, prepared
 from chela.data.listops_trees import IDS, SYMBOLS, evaluate, generate
+from chela.data.ragged import RaggedSplit
 from chela.data.task import Task, entropy, majority
 
 SHORTER, LONGER, EXAMPLES = 500, 2000, 100_000
@@ -57,6 +57,7 @@ def load(config: DataConfig, progress: Callable[[str], None] | None) -> Task:
             "root operator only": root_operator(train, test),
         },
         chance_loss=entropy(np.asarray(train.labels)),
+        decode=as_text,
         note=note,
     )
 
@@ -74,7 +75,7 @@ def root_operator(train: RaggedSplit, test: RaggedSplit) -> float:
 
 def as_text(tokens: np.ndarray) -> str:
     """A tree in ListOps notation."""
-    return " ".join(SYMBOLS[token] for token in tokens)
+    return " ".join(SYMBOLS[token] for token in tokens.tolist())
 
 
 def _generated(config: DataConfig, progress: Callable[[str], None] | None) -> list[Arrays]:

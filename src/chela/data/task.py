@@ -1,6 +1,7 @@
 """What a task is to those who train on it."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -33,6 +34,10 @@ class Task:
     """Values a step (real)."""
     classes: int = 0
     """Classes."""
+    names: tuple[str, ...] = ()
+    """What the classes are called, where their number says too little."""
+    decode: Callable[[np.ndarray], str] | None = None
+    """Tokens [T] of an example as text, where they are text."""
     baselines: dict[str, float] = field(default_factory=dict)
     """Test accuracy of trivial answers, computed from the data."""
     chance_loss: float = 0.0
@@ -50,3 +55,8 @@ def entropy(labels: np.ndarray) -> float:
     """Entropy of the labels in nats: the loss of the best constant answer."""
     share = np.bincount(labels) / len(labels)
     return float(-sum(p * math.log(p) for p in share if p > 0))
+
+
+def differs(what: str, found: int, published: int) -> str:
+    """A remark for a task's note where a count is not that of the published data, else nothing."""
+    return "" if found == published else f"; {found:,} {what}, where the published data have {published:,}"

@@ -1,20 +1,22 @@
-"""IMDB reviews as bytes (LRA Text): the folder of text files as published, or one table a split."""
+"""IMDB reviews as bytes or characters (LRA Text): the folder of text files as published, or one table a split."""
 
-import json
-import lzma
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from chela.config import DataConfig
-from chela.data.batch import RaggedSplit
 from chela.data.cache import Arrays, prepared
-from chela.data.find import find_folder
-from chela.data.task import Task, entropy, majority
+from chela.data.characters import TextEncoding, encode, pack, unpack, vocabulary
+from chela.data.find import find_folder, objects, stamp
+from chela.data.task import Task, differs, entropy, majority
 
-MAX_LENGTH = 4000
-"""Bytes of a review that are read."""
+MAX_LENGTH = {"bytes": 4000, "characters": 4096}
+"""Steps of a review that are read; the last of 4,096 characters is the end of the text."""
+FLOOR = 15
+"""A character seen less often in training is unknown (S4, S5)."""
+PUBLISHED = {"train": (25_000, 33_132_823), "test": (25_000, 32_350_685)}
+"""Reviews, and their bytes."""
 TABLES = (".jsonl", ".jsonl.xz", ".parquet")
 WANTED = (
     "the folders train/neg, train/pos, test/neg and test/pos of aclImdb_v1.tar.gz "
@@ -24,51 +26,67 @@ WANTED = (
 
 
 def load(config: DataConfig, progress: Callable[[str], None] | None) -> Task:
-    """Bytes plus one (0 is padding), 2 classes; a tenth of the training reviews is held out for validation.
+    """Bytes (LRA) or characters (S4, S5), 2 classes; a tenth of the training reviews is held out for validation.
 
     Raises:
         ValueError: files missing, malformed, or with labels other than 0 and 1.
     """
     folder = find_folder(config.root, ("text", "aclImdb", "imdb"), _complete, "text", WANTED)
-    parts = {}
-    for name in ("train", "test"):
-        table = _table(folder, name)
-        source = folder / name if table is None else table
-        key = {"source": str(source), "size": source.stat().st_size, "time": source.stat().st_mtime_ns}
+    sources = {name: _table(folder, name) or folder / name for name in ("train", "test")}
+    parts, note = {}, ""
+    for name, source in sources.items():
 
         def make(source: Path = source) -> Arrays:
             if progress:
                 progress(f"text: reading {source.name}")
             return _pack(_reviews(source), source)
 
-        parts[name] = prepared(config.root, f"text-{name}", key, make)
-    limit = config.max_length or MAX_LENGTH
-    whole = RaggedSplit(parts["train"]["tokens"], parts["train"]["ends"], parts["train"]["labels"])
-    order = np.random.default_rng([config.seed, len(whole)]).permutation(len(whole))
-    cut = len(whole) - len(whole) // 10
-    train, val = (_select(whole, np.sort(rows), limit) for rows in (order[:cut], order[cut:]))
-    test = RaggedSplit(parts["test"]["tokens"], parts["test"]["ends"], parts["test"]["labels"], shift=1, limit=limit)
-    labels, test_labels = np.asarray(train.labels), np.asarray(test.labels)
+        parts[name] = prepared(config.root, f"text-{name}", {"source": stamp(source)}, make)
+        reviews, size = PUBLISHED[name]
+        note += differs(f"{name} reviews", len(parts[name]["labels"]), reviews) or differs(
+            f"bytes in the {name} reviews", len(parts[name]["tokens"]), size
+        )
+    labels, test_labels = (np.asarray(parts[name]["labels"]) for name in ("train", "test"))
+    encoding = TextEncoding()
+    if config.encoding == "characters":
+        key = {"sources": [stamp(source) for source in sources.values()], "floor": FLOOR}
+        encoded = prepared(config.root, "text-characters", key, lambda: _as_characters(parts))
+        encoding = TextEncoding(encoded["vocabulary"])
+        parts = {name: {k: encoded[f"{name}_{k}"] for k in ("tokens", "ends")} for name in parts}
+    limit = config.max_length or MAX_LENGTH[config.encoding]
+    order = np.random.default_rng([config.seed, len(labels)]).permutation(len(labels))
+    cut = len(labels) - len(labels) // 10
+    train, val = (np.sort(rows) for rows in (order[:cut], order[cut:]))
     return Task(
         name="text",
         kind="classifier",
-        train=train,
-        val=val,
-        test=test,
+        train=encoding.sequences(_select(parts["train"], train), limit).labelled(labels[train]),
+        val=encoding.sequences(_select(parts["train"], val), limit).labelled(labels[val]),
+        test=encoding.sequences(parts["test"], limit).labelled(test_labels),
         inputs="tokens",
-        vocab=257,
+        vocab=encoding.vocab,
         classes=2,
+        names=("negative", "positive"),
+        decode=encoding.decode,
         max_length=limit,
-        baselines={"majority class": majority(labels, test_labels)},
-        chance_loss=entropy(labels),
-        note="validation is a tenth of the training reviews; published results selected on the test reviews",
+        baselines={"majority class": majority(labels[train], test_labels)},
+        chance_loss=entropy(labels[train]),
+        note=f"validation is a tenth of the training reviews; published results selected on the test reviews{note}",
     )
 
 
-def _select(split: RaggedSplit, rows: np.ndarray, limit: int) -> RaggedSplit:
-    pieces = [split[int(row)].astype(np.uint8) for row in rows]
+def _as_characters(parts: dict[str, Arrays]) -> Arrays:
+    known = vocabulary(unpack(parts["train"]), limit=MAX_LENGTH["characters"] - 1, floor=FLOOR)
+    encoded = {name: encode(unpack(part), known) for name, part in parts.items()}
+    return {"vocabulary": known} | {f"{name}_{k}": array for name, part in encoded.items() for k, array in part.items()}
+
+
+def _select(part: Arrays, rows: np.ndarray) -> Arrays:
+    """Some of the sequences, one behind the other."""
+    starts = np.concatenate([[0], part["ends"]])
+    pieces = [part["tokens"][starts[row] : starts[row + 1]] for row in rows]
     ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
-    return RaggedSplit(np.concatenate(pieces), ends, np.asarray(split.labels)[rows], shift=1, limit=limit)
+    return {"tokens": np.concatenate(pieces), "ends": ends}
 
 
 def _table(folder: Path, name: str) -> Path | None:
@@ -97,34 +115,17 @@ def _reviews(source: Path) -> Iterator[tuple[bytes, int]]:
         for text, label in zip(table["text"], table["label"], strict=True):
             yield text.encode(), label
     else:
-        with (
-            lzma.open(source, "rt", encoding="utf-8")
-            if source.suffix == ".xz"
-            else source.open(encoding="utf-8") as file
-        ):
-            for number, line in enumerate(file, 1):
-                try:
-                    row = json.loads(line)
-                    yield row["text"].encode(), row["label"]
-                except (ValueError, KeyError, TypeError, AttributeError):
-                    raise ValueError(f"{source} line {number} is not an object with text and label") from None
+        for text, label in objects(source, {"text": str, "label": int}):
+            yield text.encode(errors="replace"), label
 
 
 def _pack(reviews: Iterator[tuple[bytes, int]], source: Path) -> Arrays:
     texts, labels = [], []
-    try:
-        for text, label in reviews:
-            if label not in (0, 1):
-                raise ValueError(f"{source}: review {len(texts) + 1} has label {label!r}, wanted 0 or 1")
-            texts.append(text)
-            labels.append(label)
-    except (EOFError, lzma.LZMAError) as error:
-        raise ValueError(f"{source} is damaged ({error}): get it again") from None
+    for text, label in reviews:
+        if label not in (0, 1):
+            raise ValueError(f"{source}: review {len(texts) + 1} has label {label!r}, wanted 0 or 1")
+        texts.append(text)
+        labels.append(label)
     if not texts:
         raise ValueError(f"{source} holds no reviews")
-    ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
-    return {
-        "tokens": np.frombuffer(b"".join(texts), dtype=np.uint8),
-        "ends": ends,
-        "labels": np.array(labels, dtype=np.uint8),
-    }
+    return {**pack(texts), "labels": np.array(labels, dtype=np.uint8)}

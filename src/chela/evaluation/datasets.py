@@ -4,29 +4,29 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from chela.config import DataConfig
-from chela.data import Task, load_task
+from chela.data import PairSplit, RaggedReal, RaggedSplit, Task, load_task
 
-SHOWN = 16
-"""Values of an example that are shown."""
+SHOWN, SHOWN_TEXT, LISTED = 16, 70, 10
+"""Values of an example that are shown, characters of a text, and classes whose shares are."""
 
 
-def describe_task(name: str, root: Path, progress: Callable[[str], None] | None = None) -> str:
+def describe_task(config: DataConfig, progress: Callable[[str], None] | None = None) -> str:
     """Prepare a task's data and describe them in lines for a person.
 
     Raises:
         ValueError: an unknown task, or data that are missing or malformed; says where to get them.
     """
-    task = load_task(DataConfig(task=name, root=root), progress=progress)
+    task = load_task(config, progress=progress)
     sizes = f"{len(task.train):,} training, {len(task.val):,} validation, {len(task.test):,} test examples"
-    inputs = f"tokens 0..{task.vocab - 1}" if task.inputs == "tokens" else f"{task.channels} real value(s) a step"
-    lines = [f"{task.name}: {task.note}" if task.note else task.name, f"  {sizes}"]
-    lines.append(f"  up to {task.max_length:,} steps of {inputs}")
+    inputs = f"a vocabulary of {task.vocab}" if task.inputs == "tokens" else f"{task.channels} real value(s)"
+    lines = [f"{task.name}: {task.note}" if task.note else task.name, sizes, f"{_lengths(task)} of {inputs}"]
     if task.classes:
-        lines.append(f"  {task.classes} classes")
-    lines += [f"  baseline, {what}: {100 * value:.2f} % on the test split" for what, value in task.baselines.items()]
-    return "\n".join([*lines, f"  {_example(task)}"])
+        lines.append(_classes(task))
+    lines += [f"baseline, {what}: {100 * value:.2f} % on the test split" for what, value in task.baselines.items()]
+    return "\n  ".join([*lines, *_example(task)])
 
 
 def inventory(root: Path) -> list[tuple[str, str]]:
@@ -42,9 +42,41 @@ def inventory(root: Path) -> list[tuple[str, str]]:
     return rows
 
 
-def _example(task: Task) -> str:
+def _lengths(task: Task) -> str:
+    if not isinstance(task.train, RaggedSplit | RaggedReal | PairSplit):
+        return f"{task.max_length:,} steps"
+    lengths = task.train.lengths()
+    side = " on the longer side" if task.kind == "two-tower" else ""
+    return f"{lengths.min():,} to {lengths.max():,} steps{side} (median {np.median(lengths):,.0f})"
+
+
+def _classes(task: Task) -> str:
+    """Share of every class in training, or of the rarest and the most frequent where there are many."""
+    labels: np.ndarray = task.train.labels  # pyrefly: ignore  # every split with classes has them
+    share = 100 * np.bincount(labels, minlength=task.classes) / len(labels)
+    named = [f"{_name(task, label)} {share[label]:.1f} %" for label in range(task.classes)]
+    if task.classes > LISTED:
+        named = [f"from {named[int(share.argmin())]} to {named[int(share.argmax())]}"]
+    return f"{task.classes} classes in training: {', '.join(named)}"
+
+
+def _name(task: Task, label: int) -> str:
+    return task.names[label] if task.names else str(label)
+
+
+def _example(task: Task) -> list[str]:
     batch = task.train.batch(np.array([0]))
-    values = batch.inputs[0].flatten().tolist()
+    label = f", labelled {_name(task, int(batch.labels[0]))}" if task.classes else ""
+    lines = [f"first training example, {len(batch.inputs[0]):,} steps{label}: {_shown(batch.inputs[0], task)}"]
+    if batch.second is not None:
+        lines.append(f"beside it, {len(batch.second[0]):,} steps: {_shown(batch.second[0], task)}")
+    return lines
+
+
+def _shown(inputs: Tensor, task: Task) -> str:
+    if task.decode:
+        text = task.decode(inputs.numpy())
+        return repr(text[:SHOWN_TEXT]) + " ..." * (len(text) > SHOWN_TEXT)
+    values = inputs.flatten().tolist()
     shown = " ".join(f"{value:.2f}" if isinstance(value, float) else str(value) for value in values[:SHOWN])
-    label = f", label {int(batch.labels[0])}" if task.classes else ""
-    return f"first training example, {len(batch.inputs[0]):,} steps{label}: {shown}{' ...' * (len(values) > SHOWN)}"
+    return shown + " ..." * (len(values) > SHOWN)

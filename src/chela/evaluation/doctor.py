@@ -18,6 +18,7 @@ from chela.ops.impl import WITH_TRITON, resolve
 OPS = ("linear_attention", "short_conv", "long_conv")
 OPTIONAL = {
     "matplotlib": "curves in reports: install chela[plot]",
+    "pillow": "the published images of Pathfinder: install chela[data]",
     "pyarrow": "data sets in Parquet files: install chela[data]",
     "tensorboard": "TensorBoard logs: install chela[track]",
 }

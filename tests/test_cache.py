@@ -1,0 +1,97 @@
+"""Large prepared arrays: made block by block, stopped and gone on with."""
+
+import numpy as np
+import pytest
+
+from chela.data import cache
+from chela.data.cache import prepared_rows
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+    monkeypatch.setattr(cache, "BLOCK_BYTES", 40)  # two rows of five int32
+
+
+def rows(start, stop):
+    return np.arange(start * 5, stop * 5, dtype=np.int32).reshape(-1, 5)
+
+
+def make(root, produce, **key):
+    return prepared_rows(root, "numbers", {"k": 1, **key}, (7, 5), np.int32, produce)
+
+
+def test_all_rows_are_made_once(tmp_path):
+    calls = []
+
+    def produce(start, stop):
+        calls.append((start, stop))
+        return rows(start, stop)
+
+    found = make(tmp_path, produce)
+    assert calls == [(0, 2), (2, 4), (4, 6), (6, 7)]
+    assert np.array_equal(found, rows(0, 7))
+    assert np.array_equal(make(tmp_path, produce), found)
+    assert len(calls) == 4
+    make(tmp_path, produce, other=2)
+    assert len(calls) == 8
+
+
+@pytest.mark.parametrize("stop_at", [0, 2, 6])
+def test_a_stopped_preparation_goes_on_where_it_was(stop_at, tmp_path):
+    def stopping(start, stop):
+        if start == stop_at:
+            raise KeyboardInterrupt
+        return rows(start, stop)
+
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, stopping)
+    assert [path.suffix for path in (tmp_path / "prepared").iterdir()] == [".tmp"]
+    began = []
+    found = make(tmp_path, lambda start, stop: began.append(start) or rows(start, stop))
+    assert began == [start for start in (0, 2, 4, 6) if start >= stop_at]
+    assert np.array_equal(found, rows(0, 7))
+    assert [path.suffix for path in (tmp_path / "prepared").iterdir()] == [""]
+
+
+def test_a_block_half_written_is_made_again(tmp_path):
+    def stopping(start, stop):
+        if start == 4:
+            raise KeyboardInterrupt
+        return rows(start, stop)
+
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, stopping)
+    (path,) = (tmp_path / "prepared").glob("*/rows.npy")
+    content = path.read_bytes()
+    path.write_bytes(content + content[-13:])
+    assert np.array_equal(make(tmp_path, rows), rows(0, 7))
+
+
+def test_two_at_once_write_the_same(tmp_path):
+    """While one makes its first rows, another finishes the whole array."""
+
+    def overtaken(start, stop):
+        if start == 2:
+            make(tmp_path, rows)
+        return rows(start, stop)
+
+    assert np.array_equal(make(tmp_path, overtaken), rows(0, 7))
+    assert np.array_equal(make(tmp_path, rows), rows(0, 7))
+    assert [path.suffix for path in (tmp_path / "prepared").iterdir()] == [""]
+
+
+def test_a_full_disk_is_said(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache.os, "fsync", full)
+    with pytest.raises(ValueError, match=r"cannot write prepared data .*No space left on device.*--data\.root"):
+        make(tmp_path, rows)
+
+
+def test_damaged_rows_are_named(tmp_path):
+    make(tmp_path, rows)
+    (path,) = (tmp_path / "prepared").glob("*/rows.npy")
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"prepared data are damaged .* delete"):
+        make(tmp_path, rows)
