@@ -188,6 +188,21 @@ def test_text_reads_every_published_form(form, tmp_path):
     assert load_task(DataConfig(task="text", root=tmp_path, max_length=4)).train.lengths().max() == 4
 
 
+def test_bad_tables_are_named(tmp_path):
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    from pyarrow import parquet
+
+    tables = {"lacks the columns text": [{"text": "a"}], "row 2 has no text": [{"text": "a", "label": 0}, {"label": 1}]}
+    for part, rows in tables.items():
+        for name in ("train", "test"):
+            parquet.write_table(pa.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
+        with pytest.raises(ValueError, match=rf"train\.parquet .*{part}"):
+            load_task(DataConfig(task="text", root=tmp_path))
+    (tmp_path / "train.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"train\.parquet is damaged"):
+        load_task(DataConfig(task="text", root=tmp_path))
+
+
 @pytest.mark.parametrize(
     ("line", "part"), [('{"text": "a", "label": 2}', "label 2"), ('{"text": "a"}', "line 1"), ("", "no reviews")]
 )

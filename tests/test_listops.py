@@ -174,7 +174,7 @@ def test_published_files_are_read_instead(tmp_path):
     rows = [("( ( ( [MAX 3 ) 5 ) ] )", 5), ("( ( ( [SM ( ( ( [MIN 9 ) 8 ) ] ) ) 7 ) ] )", 5), ("4", 4)]
     published(tmp_path / "listops", rows)
     task = load_task(DataConfig(task="listops", root=tmp_path))
-    assert "published" in task.note
+    assert "published files in listops; 3 training trees, where the published data have 96,000" in task.note
     assert as_text(task.train[0]) == "[MAX 3 5 ]"
     assert as_text(task.test[1]) == "[SM [MIN 9 8 ] 7 ]"
     assert task.val.labels.tolist() == [5, 5, 4]

@@ -111,8 +111,14 @@ def _reviews(source: Path) -> Iterator[tuple[bytes, int]]:
             from pyarrow import parquet
         except ImportError:
             raise ValueError(f"{source} needs the package pyarrow: pip install 'chela[data]'") from None
-        table = parquet.read_table(source, columns=["text", "label"]).to_pydict()
-        for text, label in zip(table["text"], table["label"], strict=True):
+        try:
+            table = parquet.read_table(source, columns=["text", "label"]).to_pydict()
+            rows = list(zip(table["text"], table["label"], strict=True))
+        except (KeyError, OSError, ValueError) as error:
+            raise ValueError(f"{source} is damaged, or lacks the columns text and label ({error})") from None
+        for number, (text, label) in enumerate(rows, 1):
+            if not isinstance(text, str):
+                raise ValueError(f"{source} row {number} has no text")
             yield text.encode(), label
     else:
         for text, label in objects(source, {"text": str, "label": int}):
