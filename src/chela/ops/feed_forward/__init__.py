@@ -1,0 +1,134 @@
+"""The feed-forward part of a block: norm, product, SiLU, product, residual, with dropout after both products."""
+
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from chela.ops.checks import check_alike, check_shape
+from chela.ops.dropout import threshold
+from chela.ops.feed_forward import reference
+from chela.ops.impl import Impl, resolve
+from chela.ops.precision import no_autocast
+
+Norm = Literal["layer", "rms", "scale", "none"]
+
+
+def widest(dtype: torch.dtype) -> int:
+    """Most channels D that the Triton kernels take with products of `dtype`: a row must fit on chip; F need not."""
+    return 128 if dtype == torch.float32 else 256
+
+
+def feed_forward(
+    x: Float[Tensor, "... d"],
+    w1: Float[Tensor, "f d"],
+    b1: Float[Tensor, " f"],
+    w2: Float[Tensor, "d f"],
+    b2: Float[Tensor, " d"],
+    *,
+    norm: Norm = "none",
+    gain: Float[Tensor, " d_or_1"] | None = None,
+    shift: Float[Tensor, " d"] | None = None,
+    residual: Float[Tensor, "... d"] | None = None,
+    dropout: float = 0.0,
+    seed: Int[Tensor, ""] | None = None,
+    impl: Impl = "auto",
+) -> Float[Tensor, "... d"]:
+    """Compute `residual + drop(W2 drop(silu(W1 norm(x) + b1)) + b2)` for every position.
+
+    The norm runs over D, with e the mean over D and sums in float32 (float64 for float64):
+
+        layer   (x - e[x]) / sqrt(e[(x - e[x])^2] + 1e-5) * gain + shift
+        rms     x / sqrt(e[x^2] + 1e-6) * gain
+        scale   the same with one gain for all channels
+        none    x
+
+    The products take their inputs in autocast's dtype where autocast is on for the device, otherwise in that of x,
+    and sum in float32. Both dropouts are `chela.ops.dropout`'s, of streams 0 and 1 of the seed, so that the same seed
+    drops the same entries on every device and in every implementation.
+
+    Args:
+        x: input [..., D].
+        w1: weight [F, D] of the first product; any floating dtype no wider than the sums', as all parameters.
+        b1: its bias [F].
+        w2: weight [D, F] of the second.
+        b2: its bias [D].
+        norm: "layer", "rms", "scale", or "none" for an x that is normed already or not at all.
+        gain: [D] ("scale": [1]), with every norm but "none".
+        shift: [D], with norm "layer".
+        residual: what is added [..., D], in any floating dtype; x when left out.
+        dropout: probability, at least 0 and below 1, rounded to a multiple of 2^-16.
+        seed: int64 [] on the device of x, when `dropout` is not 0.
+        impl: "auto" (Triton on CUDA, the reference elsewhere and for rows too wide for Triton), "triton" (D up to 256
+            with products of 16 bits, up to 128 in float32; no float64, no second derivative) or "reference".
+
+    Returns:
+        [..., D] in the dtype of the residual.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; a norm without its parameters or with others; a dropout
+            outside of its range or without a seed; the implementation cannot run here.
+    """
+    _check(x, {"w1": w1, "b1": b1, "w2": w2, "b2": b2}, norm, gain, shift, residual)
+    if threshold(dropout):
+        _check_seed(seed, x)
+    else:
+        seed = None
+    dtype = x.dtype
+    if dtype != torch.float64 and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    options: dict[str, Any] = {
+        "norm": norm,
+        "gain": gain,
+        "shift": shift,
+        "residual": x if residual is None else residual,
+        "dropout": dropout,
+        "seed": seed,
+        "dtype": dtype,
+    }
+    if impl == "auto" and x.shape[-1] > widest(dtype):
+        impl = "reference"
+    if resolve(impl, x.device, "feed_forward") == "triton":
+        from chela.ops.feed_forward import fused
+
+        return fused.feed_forward(x, w1, b1, w2, b2, **options | {"residual": residual})
+    with no_autocast(x.device):
+        return reference.feed_forward(x, w1, b1, w2, b2, **options)
+
+
+def _check(
+    x: Tensor,
+    weights: dict[str, Tensor],
+    norm: str,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+) -> None:
+    if x.dim() < 1:
+        raise ValueError("x must be [..., D]; got a single number")
+    if norm not in get_args(Norm):
+        raise ValueError(f"norm must be one of {', '.join(get_args(Norm))}; got {norm!r}")
+    d, w1 = x.shape[-1], weights["w1"]
+    if w1.dim() != 2 or w1.shape[1] != d or not w1.numel():
+        raise ValueError(f"w1 must be [F, D] with D = {d}, both at least 1; got {list(w1.shape)}")
+    f = w1.shape[0]
+    check_shape("b1", weights["b1"], (f,), "[F]")
+    check_shape("w2", weights["w2"], (d, f), "[D, F]")
+    check_shape("b2", weights["b2"], (d,), "[D]")
+    for name, tensor, norms in (("gain", gain, ("layer", "rms", "scale")), ("shift", shift, ("layer",))):
+        if (tensor is not None) != (norm in norms):
+            raise ValueError(f"norm {norm!r} {'needs' if tensor is None else 'takes no'} {name}")
+    if gain is not None:
+        check_shape("gain", gain, (1,) if norm == "scale" else (d,), "[1]" if norm == "scale" else "[D]")
+    if shift is not None:
+        check_shape("shift", shift, (d,), "[D]")
+    check_alike({"x": x}, weights | {"gain": gain, "shift": shift, "residual": residual})
+    if residual is not None:
+        check_shape("residual", residual, tuple(x.shape), "[..., D]")
+
+
+def _check_seed(seed: Tensor | None, x: Tensor) -> None:
+    if seed is None or seed.dtype != torch.int64 or seed.dim() != 0 or seed.device != x.device:
+        got = "None" if seed is None else f"{seed.dtype} {list(seed.shape)} on {seed.device}"
+        raise ValueError(f"dropout needs a seed, an int64 tensor [] on the device of x, {x.device}; got {got}")

@@ -1,0 +1,304 @@
+"""The feed-forward part on Triton's kernels: their launch, their registration with torch, their derivative."""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from chela.ops.dropout import scale, threshold
+from chela.ops.feed_forward import kernels, widest
+from chela.ops.feed_forward.reference import EPS
+
+
+class Tile(NamedTuple):
+    """How a kernel is cut. None of it depends on the number of rows."""
+
+    rows: int
+    hidden: int
+    """Columns of F at a time; a multiple of 64, as dropout wants."""
+    warps: int
+    stages: int
+
+
+class Plan(NamedTuple):
+    """Tiles of the three kernels."""
+
+    forward: Tile
+    row_gradients: Tile
+    weight_gradients: Tile
+
+
+# By the bytes of a number in the products and by the widest row they are for. Shared memory holds a tile of rows and
+# `stages` slices of both weights; registers a float32 tile of rows, its hidden columns and, in the last, two matrices.
+PLANS = {
+    2: {
+        64: Plan(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+        128: Plan(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 1)),
+        256: Plan(Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 64, 8, 1)),
+    },
+    4: {
+        64: Plan(Tile(64, 64, 8, 1), Tile(64, 64, 8, 1), Tile(64, 64, 8, 1)),
+        128: Plan(Tile(64, 64, 8, 1), Tile(64, 64, 8, 1), Tile(64, 64, 8, 1)),
+    },
+}
+FOLD = 16
+"""Rows of the weights that one program folds."""
+SUM = 4096
+"""Numbers of each kind that are loaded at a time when the splits' shares of the weights' gradients are summed."""
+
+
+def feed_forward(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    *,
+    norm: str,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Run the kernels; arguments as in `chela.ops.feed_forward`, already checked, `residual` None for x.
+
+    Raises:
+        ValueError: float64, or rows wider than the kernels take.
+    """
+    if x.dtype == torch.float64 or (residual is not None and residual.dtype == torch.float64):
+        raise ValueError("feed_forward's Triton kernels keep sums in float32: for float64 use impl='reference'")
+    if x.shape[-1] > widest(dtype):
+        raise ValueError(
+            f"feed_forward's Triton kernels take at most D = {widest(dtype)} with products of {dtype}, and x has "
+            f"{x.shape[-1]}: use impl='reference'"
+        )
+    rate = dropout if seed is not None else 0.0
+    return torch.ops.chela.feed_forward.default(x, residual, w1, b1, w2, b2, gain, shift, seed, norm, rate, dtype)
+
+
+# Registered by schema, not by torch.library.custom_op: that loads the compiler when the op is first called.
+_TAG = torch.Tag.pt2_compliant_tag
+_PARAMETERS = "Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor? gain, Tensor? shift, Tensor? seed"
+_OPTIONS = "str norm, float dropout, ScalarType dtype"
+torch.library.define(
+    "chela::feed_forward", f"(Tensor x, Tensor? residual, {_PARAMETERS}, {_OPTIONS}) -> Tensor", tags=_TAG
+)
+torch.library.define(
+    "chela::feed_forward_backward",
+    f"(Tensor dy, Tensor x, bool own, {_PARAMETERS}, {_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAG,
+)
+
+
+class _Launch:
+    """What all kernels of a call share: weights folded, sizes, dropout's numbers."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        w1: Tensor,
+        b1: Tensor,
+        w2: Tensor,
+        gain: Tensor | None,
+        shift: Tensor | None,
+        seed: Tensor | None,
+        norm: str,
+        rate: float,
+        dtype: torch.dtype,
+    ):
+        self.f, self.d = w1.shape
+        self.rows = x.numel() // self.d
+        self.block = max(64, _power(self.d))
+        self.plan = PLANS[dtype.itemsize][self.block]
+        self.padded = -(-self.f // 64) * 64
+        self.drops = (seed, threshold(rate), scale(rate))
+        # The gain's one number for all channels is read D times.
+        self.gains = {"GAIN": gain is not None, "GAIN_STEP": int(norm != "scale"), "SHIFT": shift is not None}
+        self.norm = {"NORM": "rms" if norm == "scale" else norm, "EPS": EPS[norm]}
+        self.drop = {"DROP": seed is not None}
+        weights = x.new_empty(2, self.padded, self.block, dtype=dtype)
+        bias = x.new_empty(self.padded, dtype=torch.float32)
+        _grid(kernels.fold, self.padded // FOLD)(
+            *weights, bias, w1.contiguous(), b1.contiguous(), w2.contiguous(), _dense(gain), _dense(shift),
+            F=self.f, D=self.d, BLOCK_F=FOLD, BLOCK_D=self.block, **self.gains,
+        )  # fmt: skip
+        self.weights = weights[0], bias, weights[1]
+
+    def sizes(self, tile: Tile) -> dict[str, Any]:
+        """Constants of a kernel."""
+        return {
+            "D": self.d,
+            "F": self.padded,
+            "BLOCK_M": tile.rows,
+            "BLOCK_D": self.block,
+            "BLOCK_F": tile.hidden,
+            "STAGES": tile.stages,
+            "num_warps": tile.warps,
+            **self.drop,
+        }
+
+
+@torch.library.impl("chela::feed_forward", "default")
+def _forward(
+    x: Tensor,
+    residual: Tensor | None,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    seed: Tensor | None,
+    norm: str,
+    dropout: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    out = _forward_shape(x, residual, w1, b1, w2, b2, gain, shift, seed, norm, dropout, dtype)
+    if not out.numel():
+        return out
+    with torch.cuda.device_of(x):
+        on = _Launch(x, w1, b1, w2, gain, shift, seed, norm, dropout, dtype)
+        tile = on.plan.forward
+        x = x.contiguous()
+        _grid(kernels.forward, -(-on.rows // tile.rows))(
+            out, x, x if residual is None else residual.contiguous(), *on.weights, b2.contiguous(), on.drops[0],
+            on.rows, *on.drops[1:], **on.norm, **on.sizes(tile),
+        )  # fmt: skip
+    return out
+
+
+@torch.library.impl("chela::feed_forward_backward", "default")
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    own: bool,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    seed: Tensor | None,
+    norm: str,
+    dropout: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    """Gradients of x (with the residual's if x is it), w1, b1, w2, b2, gain and shift, the last two empty for None."""
+    results = _backward_shapes(dy, x, own, w1, b1, w2, b2, gain, shift, seed, norm, dropout, dtype)
+    dx, dw1, db1, dw2, db2, dgain, dshift = results
+    if not x.numel():
+        return tuple(result.zero_() for result in results)
+    with torch.cuda.device_of(x):
+        on = _Launch(x, w1, b1, w2, gain, shift, seed, norm, dropout, dtype)
+        x, dy = x.contiguous(), dy.contiguous()
+        writes = norm != "none" or x.dtype != dtype, seed is not None or dy.dtype != dtype
+        xh, dz = (
+            torch.empty_like(like, dtype=dtype) if write else like for like, write in zip((x, dy), writes, strict=True)
+        )
+        tile = on.plan.row_gradients
+        _grid(kernels.row_gradients, -(-on.rows // tile.rows))(
+            dx, xh, dz, dy, x, *on.weights, on.drops[0], on.rows, *on.drops[1:],
+            OWN=own, WRITE_XH=writes[0], WRITE_DZ=writes[1], **on.norm, **on.sizes(tile),
+        )  # fmt: skip
+        tile = on.plan.weight_gradients
+        slices = on.padded // tile.hidden
+        splits = min(-(-on.rows // tile.rows), max(_programs(x.device) // slices, 1))
+        parts = x.new_empty(splits, (2 * on.padded + 1) * on.block + on.padded, dtype=torch.float32)
+        _grid(kernels.weight_gradients, slices, splits)(
+            parts, xh, dz, *on.weights, on.drops[0], on.rows, splits, *on.drops[1:], **on.sizes(tile)
+        )
+        # One gain for all channels has the sum of theirs as its gradient.
+        gains = dgain.new_empty(on.d, dtype=torch.float32) if norm == "scale" else dgain
+        _grid(kernels.sum_parts, on.d)(
+            dw1, db1, dw2, db2, gains, dshift, parts, w1.contiguous(), _dense(gain), _dense(shift), splits,
+            D=on.d, F=on.f, PADDED=on.padded, BLOCK_D=on.block,
+            BLOCK_F=_power(on.f), BLOCK_S=max(SUM // _power(on.f), 1), **on.gains,
+        )  # fmt: skip
+        if norm == "scale":
+            torch.sum(gains, 0, keepdim=True, dtype=dgain.dtype, out=dgain)
+    return results
+
+
+@torch.library.register_fake("chela::feed_forward")
+def _forward_shape(
+    x: Tensor,
+    residual: Tensor | None,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    seed: Tensor | None,
+    norm: str,
+    dropout: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    return x.new_empty(x.shape, dtype=x.dtype if residual is None else residual.dtype)
+
+
+@torch.library.register_fake("chela::feed_forward_backward")
+def _backward_shapes(
+    dy: Tensor,
+    x: Tensor,
+    own: bool,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    seed: Tensor | None,
+    norm: str,
+    dropout: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    inputs = x, w1, b1, w2, b2, gain, shift
+    return tuple(x.new_empty(0) if like is None else like.new_empty(like.shape) for like in inputs)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, residual, *parameters, ctx.norm, ctx.dropout, ctx.dtype = inputs
+    ctx.own = residual is None
+    ctx.save_for_backward(x, *parameters)
+
+
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, *parameters = ctx.saved_tensors
+    dx, *gradients, dgain, dshift = torch.ops.chela.feed_forward_backward.default(
+        dy, x, ctx.own, *parameters, ctx.norm, ctx.dropout, ctx.dtype
+    )
+    gain, shift = parameters[4:6]
+    dgain, dshift = None if gain is None else dgain, None if shift is None else dshift
+    return dx, None if ctx.own else dy, *gradients, dgain, dshift, None, None, None, None
+
+
+def _no_second_derivative(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    raise NotImplementedError("feed_forward's Triton kernels have no second derivative: use impl='reference'")
+
+
+torch.library.register_autograd("chela::feed_forward", _differentiate, setup_context=_save)
+torch.library.register_autograd("chela::feed_forward_backward", _no_second_derivative)
+
+
+@functools.cache
+def _programs(device: torch.device) -> int:
+    """Programs that run side by side; two where the kernels are interpreted."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def _grid(kernel: Any, *programs: int) -> Any:
+    return kernel[programs]
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _power(n: int) -> int:
+    """The smallest power of 2 of at least n."""
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,312 @@
+"""The feed-forward part in Triton: everything that is F wide stays on chip.
+
+Rows are positions, [ROWS, D]; F is the hidden width. Weights come folded (`fold`): the norm's gain and shift belong to
+the first product, both matrices are [F, D], in the type the products take, padded with zeros to F a multiple of
+BLOCK_F and D = BLOCK_D. A hat marks rows after the norm, before gain and shift.
+
+    xh = (x - mean) rstd                    w1 = W1 gain,  b1 = b1 + W1 shift
+    h = xh w1' + b1     a = m1 silu(h)      y = residual + m2 (a w2 + b2)        m1, m2: dropout's masks, scaled
+    dz = m2 dy          da = dz w2'         dh = m1 da silu'(h)       dxh = dh w1
+    dx = rstd (dxh - mean(dxh) - xh mean(dxh xh)) [+ dy]              without the first mean if the norm is not centred
+    G = xh' dh,  dW2 = dz' a                dW1 = gain G' + db1 shift'      dgain = sum_f W1 G'      dshift = W1' db1
+
+One kernel gives dx, xh and dz, and one the weights' gradients from the latter two: it walks with a slice of F over a
+share of the rows and keeps its part of G and dW2 in registers. Both recompute h and da, which costs less than the
+memory traffic of anything F wide. Sums are float32; what enters a product is rounded to the products' type.
+"""
+
+import triton
+import triton.language as tl
+
+from chela.ops.dropout_kernels import keep
+
+
+@triton.jit
+def fold(
+    w1_out_ptr,  # [F padded, BLOCK_D]
+    w2_out_ptr,  # [F padded, BLOCK_D]
+    b1_out_ptr,  # [F padded] float32
+    w1_ptr,  # [F, D]
+    b1_ptr,  # [F]
+    w2_ptr,  # [D, F]
+    gain_ptr,  # [D], or [1] and GAIN_STEP = 0
+    shift_ptr,  # [D]
+    F: tl.constexpr,
+    D: tl.constexpr,
+    GAIN: tl.constexpr,
+    GAIN_STEP: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Weights as the other kernels read them."""
+    f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    d = tl.arange(0, BLOCK_D)
+    inside = (f < F)[:, None] & (d < D)[None, :]
+    at = f[:, None] * BLOCK_D + d[None, :]
+    w1 = tl.load(w1_ptr + f[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    w2 = tl.load(w2_ptr + d[None, :] * F + f[:, None], mask=inside, other=0.0)
+    b1 = tl.load(b1_ptr + f, mask=f < F, other=0.0).to(tl.float32)
+    if SHIFT:
+        b1 += tl.sum(w1 * tl.load(shift_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :], axis=1)
+    if GAIN:
+        w1 *= tl.load(gain_ptr + d * GAIN_STEP, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    tl.store(w1_out_ptr + at, w1.to(w1_out_ptr.dtype.element_ty))
+    tl.store(w2_out_ptr + at, w2.to(w2_out_ptr.dtype.element_ty))
+    tl.store(b1_out_ptr + f, b1)
+
+
+@triton.jit
+def _normalise(x, inside, EPS: tl.constexpr, NORM: tl.constexpr, D: tl.constexpr):
+    """Rows after the norm and what they were multiplied by; x [M, BLOCK_D] float32, zero where not `inside`."""
+    rstd = tl.sum(x * 0, axis=1) + 1
+    if NORM == "layer":
+        x = tl.where(inside, x - (tl.sum(x, axis=1) / D)[:, None], 0.0)
+    if NORM != "none":
+        rstd = tl.rsqrt(tl.sum(x * x, axis=1) / D + EPS)
+        x = x * rstd[:, None]
+    return x, rstd
+
+
+@triton.jit
+def _dropped(x, seed_ptr, row, first, threshold, scale, STREAM: tl.constexpr, DROP: tl.constexpr):
+    """A tile [M, N] whose first column is `first` with some entries zero and the others scaled."""
+    if DROP:
+        kept = keep(tl.load(seed_ptr), row, first, threshold, STREAM, x.shape[1])
+        x = tl.where(kept, x * scale, 0.0)
+    return x
+
+
+@triton.jit(do_not_specialize=["rows", "threshold"])
+def forward(
+    out_ptr,  # [ROWS, D]
+    x_ptr,  # [ROWS, D]
+    residual_ptr,  # [ROWS, D]
+    w1_ptr,  # folded
+    b1_ptr,  # folded
+    w2_ptr,  # folded
+    b2_ptr,  # [D]
+    seed_ptr,  # []
+    rows,
+    threshold,
+    scale,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    NORM: tl.constexpr,
+    EPS: tl.constexpr,
+    DROP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Outputs of BLOCK_M rows."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    inside = (row < rows)[:, None] & (d < D)[None, :]
+    at = row.to(tl.int64)[:, None] * D + d[None, :]
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    xh, _ = _normalise(x, inside, EPS, NORM, D)
+    xh = xh.to(w1_ptr.dtype.element_ty)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for first in tl.range(0, F, BLOCK_F, num_stages=STAGES):
+        f = first + tl.arange(0, BLOCK_F)
+        weight = f[:, None] * BLOCK_D + d[None, :]
+        w1, w2 = tl.load(w1_ptr + weight), tl.load(w2_ptr + weight)  # [BLOCK_F, BLOCK_D]
+        h = tl.dot(xh, tl.trans(w1), input_precision="tf32x3") + tl.load(b1_ptr + f)[None, :]
+        a = _dropped(h * tl.sigmoid(h), seed_ptr, row, first, threshold, scale, 0, DROP)
+        acc = tl.dot(a.to(w2.dtype), w2, acc, input_precision="tf32x3")
+    acc += tl.load(b2_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    acc = _dropped(acc, seed_ptr, row, 0, threshold, scale, 1, DROP)
+    residual = tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, (residual + acc).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _hidden(xh, dz, w1, w2, b1, seed_ptr, row, first, threshold, scale, DROP: tl.constexpr, WITH_A: tl.constexpr):
+    """Dh and a [M, BLOCK_F] from rows [M, BLOCK_D] and a slice of the weights [BLOCK_F, BLOCK_D]."""
+    h = tl.dot(xh, tl.trans(w1), input_precision="tf32x3") + b1[None, :]
+    da = tl.dot(dz, tl.trans(w2), input_precision="tf32x3")
+    gate = tl.sigmoid(h)
+    a = h * gate
+    dh = da * (gate + a * (1 - gate))
+    if DROP:
+        kept = keep(tl.load(seed_ptr), row, first, threshold, 0, h.shape[1])
+        dh = tl.where(kept, dh * scale, 0.0)
+        if WITH_A:
+            a = tl.where(kept, a * scale, 0.0)
+    return dh, a
+
+
+@triton.jit(do_not_specialize=["rows", "threshold"])
+def row_gradients(
+    dx_ptr,  # [ROWS, D]
+    xh_ptr,  # [ROWS, D] for the weights' gradients, in the products' type; x itself if it is not written
+    dz_ptr,  # [ROWS, D], likewise; dy itself
+    dy_ptr,  # [ROWS, D]
+    x_ptr,  # [ROWS, D]
+    w1_ptr,  # folded
+    b1_ptr,  # folded
+    w2_ptr,  # folded
+    seed_ptr,  # []
+    rows,
+    threshold,
+    scale,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    NORM: tl.constexpr,
+    EPS: tl.constexpr,
+    DROP: tl.constexpr,
+    OWN: tl.constexpr,  # x is the residual as well
+    WRITE_XH: tl.constexpr,
+    WRITE_DZ: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Gradients of BLOCK_M rows of x."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    inside = (row < rows)[:, None] & (d < D)[None, :]
+    at = row.to(tl.int64)[:, None] * D + d[None, :]
+    if WRITE_XH:
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        xh, _ = _normalise(x, inside, EPS, NORM, D)
+        tl.store(xh_ptr + at, xh.to(xh_ptr.dtype.element_ty), mask=inside)
+    if WRITE_DZ:
+        dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        dz = _dropped(dy, seed_ptr, row, 0, threshold, scale, 1, DROP)
+        tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=inside)
+    tl.debug_barrier()  # what is loaded goes to the matrix units through shared memory, what is computed does not
+    xh = tl.load(xh_ptr + at, mask=inside, other=0.0)
+    dz = tl.load(dz_ptr + at, mask=inside, other=0.0)
+    dxh = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for first in tl.range(0, F, BLOCK_F, num_stages=STAGES):
+        f = first + tl.arange(0, BLOCK_F)
+        weight = f[:, None] * BLOCK_D + d[None, :]
+        w1, w2 = tl.load(w1_ptr + weight), tl.load(w2_ptr + weight)  # [BLOCK_F, BLOCK_D]
+        b1 = tl.load(b1_ptr + f)
+        dh, _a = _hidden(xh, dz, w1, w2, b1, seed_ptr, row, first, threshold, scale, DROP, False)
+        dxh = tl.dot(dh.to(w1.dtype), w1, dxh, input_precision="tf32x3")
+    dx = dxh
+    if NORM != "none":
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)  # again: registers were needed for other things
+        xh, rstd = _normalise(x, inside, EPS, NORM, D)
+        dx -= xh * (tl.sum(dxh * xh, axis=1) / D)[:, None]
+        if NORM == "layer":
+            dx -= (tl.sum(dxh, axis=1) / D)[:, None]
+        dx *= rstd[:, None]
+    if OWN:
+        dx += tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "threshold", "splits"])
+def weight_gradients(
+    parts_ptr,  # [splits, SIZE] float32: this split's G [BLOCK_D, F], dW2 [BLOCK_D, F], db1 [F], db2 [BLOCK_D]
+    xh_ptr,  # [ROWS, D]
+    dz_ptr,  # [ROWS, D]
+    w1_ptr,  # folded
+    b1_ptr,  # folded
+    w2_ptr,  # folded
+    seed_ptr,  # []
+    rows,
+    splits,
+    threshold,
+    scale,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    DROP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Gradients of a slice of F, summed over every `splits`-th tile of rows."""
+    first = tl.program_id(0) * BLOCK_F
+    split = tl.program_id(1)
+    f = first + tl.arange(0, BLOCK_F)
+    d = tl.arange(0, BLOCK_D)
+    weight = f[:, None] * BLOCK_D + d[None, :]
+    w1, w2 = tl.load(w1_ptr + weight), tl.load(w2_ptr + weight)  # [BLOCK_F, BLOCK_D]
+    b1 = tl.load(b1_ptr + f)
+    g = tl.zeros([BLOCK_D, BLOCK_F], tl.float32)
+    dw2 = tl.zeros([BLOCK_D, BLOCK_F], tl.float32)
+    db1 = tl.zeros([BLOCK_F], tl.float32)
+    db2 = tl.zeros([BLOCK_D], tl.float32)
+    for tile in tl.range(split, tl.cdiv(rows, BLOCK_M), splits, num_stages=STAGES):
+        row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside = (row < rows)[:, None] & (d < D)[None, :]
+        at = row.to(tl.int64)[:, None] * D + d[None, :]
+        xh = tl.load(xh_ptr + at, mask=inside, other=0.0)
+        dz = tl.load(dz_ptr + at, mask=inside, other=0.0)
+        if first == 0:
+            db2 += tl.sum(dz.to(tl.float32), axis=0)
+        dh, a = _hidden(xh, dz, w1, w2, b1, seed_ptr, row, first, threshold, scale, DROP, True)
+        db1 += tl.sum(dh, axis=0)  # rows beyond the end have dz = 0 and so dh = 0
+        g = tl.dot(tl.trans(xh), dh.to(w1.dtype), g, input_precision="tf32x3")
+        dw2 = tl.dot(tl.trans(dz), a.to(w1.dtype), dw2, input_precision="tf32x3")
+    SIZE: tl.constexpr = 2 * BLOCK_D * F + F + BLOCK_D
+    part = parts_ptr + split.to(tl.int64) * SIZE
+    tl.store(part + d[:, None] * F + f[None, :], g)
+    tl.store(part + BLOCK_D * F + d[:, None] * F + f[None, :], dw2)
+    tl.store(part + 2 * BLOCK_D * F + f, db1)
+    if first == 0:
+        tl.store(part + 2 * BLOCK_D * F + F + d, db2)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def sum_parts(
+    dw1_ptr,  # [F, D]
+    db1_ptr,  # [F]
+    dw2_ptr,  # [D, F]
+    db2_ptr,  # [D]
+    dgain_ptr,  # [D]
+    dshift_ptr,  # [D]
+    parts_ptr,  # as `weight_gradients` left them, F padded
+    w1_ptr,  # [F, D]
+    gain_ptr,  # [D], or [1] and GAIN_STEP = 0
+    shift_ptr,  # [D]
+    splits,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    PADDED: tl.constexpr,
+    GAIN: tl.constexpr,
+    GAIN_STEP: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """Gradients of everything that belongs to one column d of D, summed over the splits always in the same order."""
+    d = tl.program_id(0)
+    f = tl.arange(0, BLOCK_F)
+    SIZE: tl.constexpr = 2 * BLOCK_D * PADDED + PADDED + BLOCK_D
+    g = tl.zeros([BLOCK_S, BLOCK_F], tl.float32)
+    dw2 = tl.zeros([BLOCK_S, BLOCK_F], tl.float32)
+    db1 = tl.zeros([BLOCK_S, BLOCK_F], tl.float32)
+    db2 = tl.zeros([BLOCK_S], tl.float32)
+    for first in range(0, splits, BLOCK_S):
+        split = first + tl.arange(0, BLOCK_S)
+        there = (split < splits)[:, None] & (f < F)[None, :]
+        part = parts_ptr + split.to(tl.int64) * SIZE
+        at = part[:, None] + f[None, :]
+        g += tl.load(at + d * PADDED, mask=there, other=0.0)
+        dw2 += tl.load(at + (BLOCK_D + d) * PADDED, mask=there, other=0.0)
+        db1 += tl.load(at + 2 * BLOCK_D * PADDED, mask=there, other=0.0)
+        db2 += tl.load(part + (2 * BLOCK_D + 1) * PADDED + d, mask=split < splits, other=0.0)
+    g, dw2, db1, db2 = tl.sum(g, axis=0), tl.sum(dw2, axis=0), tl.sum(db1, axis=0), tl.sum(db2, axis=0)
+    tl.store(dw2_ptr + d * F + f, dw2.to(dw2_ptr.dtype.element_ty), mask=f < F)
+    tl.store(db2_ptr + d, db2.to(db2_ptr.dtype.element_ty))
+    if d == 0:
+        tl.store(db1_ptr + f, db1.to(db1_ptr.dtype.element_ty), mask=f < F)
+    dw1 = g
+    if GAIN:
+        w1 = tl.load(w1_ptr + f * D + d, mask=f < F, other=0.0).to(tl.float32)
+        dw1 *= tl.load(gain_ptr + d * GAIN_STEP).to(tl.float32)
+        tl.store(dgain_ptr + d, tl.sum(w1 * g, axis=0))
+        if SHIFT:
+            dw1 += db1 * tl.load(shift_ptr + d).to(tl.float32)
+            tl.store(dshift_ptr + d, tl.sum(w1 * db1, axis=0).to(dshift_ptr.dtype.element_ty))
+    tl.store(dw1_ptr + f * D + d, dw1.to(dw1_ptr.dtype.element_ty), mask=f < F)
