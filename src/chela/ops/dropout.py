@@ -64,12 +64,12 @@ def keep(
     seed: Int[Tensor, ""], rows: int, columns: int, rate: float, *, stream: int = 0
 ) -> Bool[Tensor, "rows columns"]:
     """Say which entries are kept; arguments as in `dropout`."""
-    row = torch.arange(rows, device=seed.device)
-    column = torch.arange(-(-columns // 64) * 8, device=seed.device)  # 8 for each 64 columns
+    groups = -(-columns // 64)
+    row, column = torch.arange(rows, device=seed.device), torch.arange(groups * 8, device=seed.device)
     nothing = torch.zeros_like(column)
     words = philox((row[:, None], column, nothing + stream, nothing), seed)
     halves = torch.stack([half for word in words for half in (word & (HALF - 1), word >> 16)], dim=1)
-    halves = halves.view(rows, 8, -1, 8).transpose(1, 2).reshape(rows, -1)  # half, group, column in it
+    halves = halves.view(rows, 8, groups, 8).transpose(1, 2).reshape(rows, groups * 64)
     return halves[:, :columns] >= threshold(rate)
 
 

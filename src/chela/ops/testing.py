@@ -128,6 +128,31 @@ def long_conv_inputs(
     return inputs
 
 
+def feed_forward_inputs(
+    *rows: int, d: int, f: int, norm: str = "layer", residual: bool = False, seed: int = 0, **options: Any
+) -> dict[str, Any]:
+    """Draw x [*rows, D], w1 [F, D], b1 [F], w2 [D, F], b2 [D], the norm's parameters and, asked for, a residual.
+
+    `options` are those of `draw`, for x and the residual; the others are contiguous, float32 (float64 for float64).
+    """
+    device, wide = _device_and_wide(options)
+    parameter = {"dtype": wide, "device": device}
+    inputs: dict[str, Any] = {
+        "x": draw(*rows, d, seed=seed, **options),
+        "w1": draw(f, d, seed=seed + 1, **parameter) * d**-0.5,
+        "b1": draw(f, seed=seed + 2, **parameter) * 0.3,
+        "w2": draw(d, f, seed=seed + 3, **parameter) * f**-0.5,
+        "b2": draw(d, seed=seed + 4, **parameter) * 0.3,
+    }
+    if norm != "none":
+        inputs["gain"] = 1 + 0.3 * draw(1 if norm == "scale" else d, seed=seed + 5, **parameter)
+    if norm == "layer":
+        inputs["shift"] = draw(d, seed=seed + 6, **parameter) * 0.3
+    if residual:
+        inputs["residual"] = draw(*rows, d, seed=seed + 7, **options)
+    return inputs
+
+
 def values_and_gradients(
     op: Callable[..., Tensor | tuple[Tensor | None, ...]],
     inputs: dict[str, Tensor],
