@@ -215,6 +215,26 @@ def test_causal_layers_ignore_the_future():
     assert relative(z[:, 25:], y[:, 25:]) > 1e-3
 
 
+@pytest.mark.parametrize("prenorm", [True, False])
+@pytest.mark.parametrize("norm", ["layer", "rms", "scale", "batch"])
+def test_a_block_gives_the_same_numbers_on_kernels(norm, prenorm):
+    block = ChelaBlock(
+        ChelaLayer(16, kernel_length=20, d_key=8, d_value=16, causal=False, branches=(3,)),
+        d_ff=32,
+        norm=norm,
+        prenorm=prenorm,
+    )
+    x, lengths = torch.randn(2, 20, 16), torch.tensor([[20], [13]])
+    mask = torch.arange(20) < lengths
+    results = []
+    for impl in ("reference", "triton"):
+        block.zero_grad()
+        y, _ = block(x, mask=mask, impl=impl)
+        (y * mask.unsqueeze(-1)).square().sum().backward()
+        results.append((y[mask], [p.grad for p in block.parameters()]))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("make", "part"),
     [

@@ -1,11 +1,15 @@
 """One block of the stack: norm, CHELA layer, norm, feed-forward."""
 
+from typing import Any
+
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from chela.layers.chela import ChelaLayer, LayerState
 from chela.layers.norms import NormKind, make_norm
-from chela.ops.impl import Impl
+from chela.ops.feed_forward import feed_forward, widest
+from chela.ops.impl import Impl, resolve
 
 
 class ChelaBlock(nn.Module):
@@ -29,7 +33,7 @@ class ChelaBlock(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.prenorm = prenorm
+        self.prenorm, self.norm, self.dropout = prenorm, norm, dropout
         self.layer = layer
         self.layer_norm = make_norm(norm, layer.d_model)
         self.feed_forward = self.feed_forward_norm = None
@@ -64,10 +68,32 @@ class ChelaBlock(nn.Module):
         if self.prenorm:
             x, after = self.layer(self.layer_norm(x, mask), residual=x, **carry)
             if self.feed_forward is not None and self.feed_forward_norm is not None:
-                x = x + self.feed_forward(self.feed_forward_norm(x, mask))
+                x = self._feed_forward(x, mask, impl)
         else:
             x, after = self.layer(x, **carry)
             x = self.layer_norm(x, mask)
             if self.feed_forward is not None and self.feed_forward_norm is not None:
-                x = self.feed_forward_norm(x + self.feed_forward(x), mask)
+                x = self.feed_forward_norm(self._feed_forward(x, mask, impl), mask)
         return x, after
+
+    def _feed_forward(self, x: Tensor, mask: Tensor | None, impl: Impl) -> Tensor:
+        """`x + feed_forward(norm(x))` (post-norm: of x itself); where there are kernels for it, in one op."""
+        layers, norm = self.feed_forward, self.feed_forward_norm
+        assert layers is not None
+        assert norm is not None
+        if x.shape[-1] > widest(x.dtype) or resolve(impl, x.device, "feed_forward") == "reference":
+            return x + layers(norm(x, mask) if self.prenorm else x)
+        dropout = self.dropout if self.training else 0.0
+        seed = torch.randint(2**62, (), device=x.device) if dropout else None
+        options: dict[str, Any] = {"dropout": dropout, "seed": seed, "impl": impl}
+        inputs = x
+        if self.prenorm and self.norm == "batch":  # its statistics cross positions
+            inputs, options["residual"] = norm(x, mask), x
+        elif self.prenorm:
+            options["norm"] = self.norm
+            options["gain"] = norm.gain if self.norm == "scale" else norm.weight
+            options["shift"] = norm.bias if self.norm == "layer" else None
+        first, last = layers[0], layers[3]
+        assert isinstance(first, nn.Linear)
+        assert isinstance(last, nn.Linear)
+        return feed_forward(inputs, first.weight, first.bias, last.weight, last.bias, **options)
