@@ -1,0 +1,104 @@
+"""The end of a CHELA layer: attention's norm and gate, its product, SiLU, dropout, and the gate over the residual."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from chela.ops.checks import check_alike, check_shape
+from chela.ops.dropout import threshold
+from chela.ops.gated_output import reference
+from chela.ops.impl import Impl, resolve
+from chela.ops.precision import no_autocast
+
+WIDEST = 256
+"""Most channels D of a row that the Triton kernels take; V may be anything."""
+
+
+def gated_output(
+    m: Float[Tensor, "... v"],
+    mixed: Float[Tensor, "... v_plus_2d"],
+    residual: Float[Tensor, "... d"],
+    weight: Float[Tensor, "d v"],
+    bias: Float[Tensor, " d"] | None = None,
+    *,
+    gain: Float[Tensor, " v"] | None = None,
+    heads: int = 1,
+    dropout: float = 0.0,
+    seed: Int[Tensor, ""] | None = None,
+    impl: Impl = "auto",
+) -> Float[Tensor, "... d"]:
+    """Compute `residual + sigmoid(p) (a - residual)` for every position.
+
+    Here gate, h and p are the parts of `mixed`, and
+
+        a = drop(silu(h + W u + bias))
+        u = silu(gate) * norm(m) * gain
+        norm(m) = m / sqrt(mean of m^2 over each head's V / H columns + 1e-6)
+
+    Without a gain there is no norm: u = silu(gate) * m. The form is MEGA's (Ma et al. 2023). The product takes u and
+    the weight in the dtype of `mixed`; everything else and all sums are in float32 (float64 for float64), whatever
+    autocast says. Dropout is `chela.ops.dropout`'s, of stream 2 of the seed, so that the same seed drops the same
+    entries in every implementation; it may be the seed of a block's `feed_forward` too.
+
+    Args:
+        m: attention's output [..., V], heads side by side.
+        mixed: gate [V], h [D] and p [D] of every position side by side [..., V + 2D], in m's dtype: one product makes
+            all three, and one tensor takes their gradients back to it. It may be a part of a wider tensor.
+        residual: what comes through where the gate is shut [..., D], in float32 or any other floating dtype no wider
+            than the sums'.
+        weight: [D, V], as in `torch.nn.functional.linear`; any floating dtype no wider than the sums', as all
+            parameters.
+        bias: [D] or None.
+        gain: of the norm [V]; None leaves the norm out.
+        heads: H, which divides V.
+        dropout: probability, at least 0 and below 1, rounded to a multiple of 2^-16.
+        seed: int64 [] on the device of m, when `dropout` is not 0.
+        impl: "auto" (Triton on CUDA for D up to 256, the reference elsewhere and beyond), "triton" (D up to 256; no
+            float64, no second derivative) or "reference".
+
+    Returns:
+        [..., D] in the dtype of the residual.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; a dropout outside of its range or without a seed; the
+            implementation cannot run here.
+    """
+    _check(m, mixed, residual, weight, {"bias": bias, "gain": gain}, heads)
+    if threshold(dropout):
+        _check_seed(seed, m)
+    else:
+        seed = None
+    options = {"gain": gain, "heads": heads, "dropout": dropout, "seed": seed}
+    if impl == "auto" and weight.shape[0] > WIDEST:
+        impl = "reference"
+    if resolve(impl, m.device, "gated_output") == "triton":
+        from chela.ops.gated_output import fused
+
+        return fused.gated_output(m, mixed, residual, weight, bias, **options)
+    with no_autocast(m.device):
+        return reference.gated_output(m, mixed, residual, weight, bias, **options)
+
+
+def _check(
+    m: Tensor, mixed: Tensor, residual: Tensor, weight: Tensor, vectors: dict[str, Tensor | None], heads: int
+) -> None:
+    if m.dim() < 1:
+        raise ValueError("m must be [..., V]; got a single number")
+    *rows, v = m.shape
+    if weight.dim() != 2 or weight.shape[1] != v or not weight.numel():
+        raise ValueError(f"weight must be [D, V] with V = {v}, both at least 1; got {list(weight.shape)}")
+    d = weight.shape[0]
+    check_shape("mixed", mixed, (*rows, v + 2 * d), "[..., V + 2D]")
+    check_shape("residual", residual, (*rows, d), "[..., D]")
+    for name, width, legend in (("bias", d, "[D]"), ("gain", v, "[V]")):
+        if (vector := vectors[name]) is not None:
+            check_shape(name, vector, (width,), legend)
+    if heads < 1 or v % heads:
+        raise ValueError(f"heads must divide V = {v}; got {heads}")
+    check_alike({"m": m, "mixed": mixed}, {"residual": residual, "weight": weight, **vectors})
+
+
+def _check_seed(seed: Tensor | None, m: Tensor) -> None:
+    if seed is None or seed.dtype != torch.int64 or seed.dim() != 0 or seed.device != m.device:
+        got = "None" if seed is None else f"{seed.dtype} {list(seed.shape)} on {seed.device}"
+        raise ValueError(f"dropout needs a seed, an int64 tensor [] on the device of m, {m.device}; got {got}")

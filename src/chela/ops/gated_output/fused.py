@@ -1,0 +1,292 @@
+"""The gated output on Triton's kernels: their launch, their registration with torch, their derivative.
+
+Bytes decide what is kept. Of the rows, the forward pass keeps `pre`, what SiLU is taken of, which the backward pass
+reads in h's place; u is made again from m and gate, and written once for the weight's gradient.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from chela.ops.dropout import scale, threshold
+from chela.ops.gated_output import WIDEST, kernels, weight_kernels
+from chela.ops.gated_output.reference import EPS, STREAM
+
+
+class Tile(NamedTuple):
+    """How a kernel is cut. None of it depends on the number of rows."""
+
+    rows: int
+    values: int
+    """Most columns of V at a time. A head that fits is walked through once, a wider one twice."""
+    warps: int
+    stages: int
+
+
+class Plan(NamedTuple):
+    """Tiles of the kernels that walk through rows."""
+
+    forward: Tile
+    backward: Tile
+    weight: Tile
+
+
+# By the bytes of a number in the product and by the widest row they are for.
+PLANS = {
+    2: {
+        64: Plan(Tile(64, 64, 4, 2), Tile(32, 64, 4, 1), Tile(64, 128, 8, 3)),
+        128: Plan(Tile(64, 64, 8, 2), Tile(32, 128, 8, 1), Tile(64, 128, 8, 3)),
+        256: Plan(Tile(32, 64, 8, 2), Tile(32, 64, 8, 1), Tile(64, 64, 8, 3)),
+    },
+    4: {
+        64: Plan(Tile(32, 64, 4, 1), Tile(32, 64, 4, 1), Tile(32, 64, 8, 2)),
+        128: Plan(Tile(32, 64, 8, 1), Tile(32, 64, 8, 1), Tile(32, 64, 8, 2)),
+        256: Plan(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 2)),
+    },
+}
+FOLD = 1024
+"""Entries of the weight that one program folds."""
+SHARES = 64
+"""Most parts that the rows are cut into for the weight's gradient."""
+COLUMNS = 8
+"""Columns of V, or twice as many of D, whose sums over all parts one program makes: 32 bytes of float32."""
+SUM = 16384
+"""Entries of the parts that such a program loads at a time."""
+
+
+def gated_output(
+    m: Tensor,
+    mixed: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    gain: Tensor | None,
+    heads: int,
+    dropout: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """Run the kernels; arguments as in `chela.ops.gated_output`, already checked.
+
+    Raises:
+        ValueError: float64, or rows wider than the kernels take.
+    """
+    if mixed.dtype == torch.float64:
+        raise ValueError("gated_output's Triton kernels keep sums in float32: for float64 use impl='reference'")
+    if weight.shape[0] > WIDEST:
+        raise ValueError(
+            f"gated_output's Triton kernels take at most D = {WIDEST} and weight has {weight.shape[0]}: "
+            "use impl='reference'"
+        )
+    leaves = (m, mixed, residual, weight, bias, gain)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
+    rate = dropout if seed is not None else 0.0
+    return torch.ops.chela.gated_output.default(*leaves, seed, heads, rate, keep)[0]
+
+
+# Registered by schema, not by torch.library.custom_op: that loads the compiler when the op is first called.
+_TAG = torch.Tag.pt2_compliant_tag
+_INPUTS = "Tensor m, Tensor mixed, Tensor residual, Tensor weight, Tensor? bias, Tensor? gain, Tensor? seed"
+_OPTIONS = "int heads, float dropout"
+torch.library.define(
+    "chela::gated_output", f"({_INPUTS}, {_OPTIONS}, bool keep) -> (Tensor, Tensor, Tensor)", tags=_TAG
+)
+torch.library.define(
+    "chela::gated_output_backward",
+    f"(Tensor dy, Tensor pre, Tensor folded, {_INPUTS}, {_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAG,
+)
+
+
+class _Sizes:
+    """Sizes that all kernels of a call share."""
+
+    def __init__(self, m: Tensor, weight: Tensor, heads: int):
+        self.d, self.v = weight.shape
+        self.heads, self.n = heads, m.numel() // self.v
+        self.block = max(64, _power(self.d))
+        self.plan = PLANS[m.dtype.itemsize][self.block]
+
+    def constants(self, tile: Tile) -> dict[str, Any]:
+        """Constants of the kernels over rows."""
+        width = self.v // self.heads
+        return {
+            "H": self.heads,
+            "HV": width,
+            "D": self.d,
+            "BM": tile.rows,
+            "BC": min(tile.values, max(16, _power(width))),
+            "BD": self.block,
+            "EPS": EPS,
+            "STREAM": STREAM,
+            "STAGES": tile.stages,
+            "num_warps": tile.warps,
+        }
+
+
+@torch.library.impl("chela::gated_output", "default")
+def _forward(
+    m: Tensor,
+    mixed: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    seed: Tensor | None,
+    heads: int,
+    dropout: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output and, for the backward pass, what SiLU is taken of and the folded weight, empty without `keep`."""
+    out, pre, folded = _forward_shapes(m, mixed, residual, weight, bias, gain, seed, heads, dropout, keep)
+    if not m.numel():
+        return out, pre, folded
+    on = _Sizes(m, weight, heads)
+    if not keep:
+        folded = m.new_empty(weight.shape)
+    with torch.cuda.device_of(m):
+        _grid(weight_kernels.fold, _ceil(on.d * on.v, FOLD))(
+            folded, weight.contiguous(), _dense(gain), D=on.d, V=on.v, NORM=gain is not None, BLOCK=FOLD
+        )
+        tile = on.plan.forward
+        m, mixed, residual = _rows(m), _rows(mixed), _rows(residual)
+        _grid(kernels.forward, _ceil(on.n, tile.rows))(
+            out, pre, m, mixed, residual, folded, _dense(bias), seed,
+            on.n, m.stride(0), mixed.stride(0), residual.stride(0), threshold(dropout), scale(dropout),
+            NORM=gain is not None, BIAS=bias is not None, DROPS=seed is not None, KEEP=keep, **on.constants(tile),
+        )  # fmt: skip
+    return out, pre, folded if keep else m.new_empty(0)
+
+
+@torch.library.impl("chela::gated_output_backward", "default")
+def _backward(
+    dy: Tensor,
+    pre: Tensor,
+    folded: Tensor,
+    m: Tensor,
+    mixed: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    seed: Tensor | None,
+    heads: int,
+    dropout: float,
+) -> tuple[Tensor, ...]:
+    """Gradients of m, mixed, residual, weight, bias and gain, the last two empty for None."""
+    results = _backward_shapes(dy, pre, folded, m, mixed, residual, weight, bias, gain, seed, heads, dropout)
+    dm, dmixed, dresidual, dweight, dbias, dgain = results
+    if not m.numel():
+        return tuple(result.zero_() for result in results)
+    on = _Sizes(m, weight, heads)
+    tile = on.plan.backward
+    programs = _ceil(on.n, tile.rows)
+    bias_partial = m.new_empty(programs, on.d, dtype=torch.float32)
+    u = torch.empty_like(dm)
+    with torch.cuda.device_of(m):
+        dy, m, mixed, residual = _rows(dy), _rows(m), _rows(mixed), _rows(residual)
+        _grid(kernels.backward, programs)(
+            dm, dmixed, dresidual, u, bias_partial, dy, pre.contiguous(), m, mixed, residual, folded, seed,
+            on.n, dy.stride(0), m.stride(0), mixed.stride(0), residual.stride(0), threshold(dropout), scale(dropout),
+            NORM=gain is not None, DROPS=seed is not None, **on.constants(tile),
+        )  # fmt: skip
+        tile = on.plan.weight
+        share = _ceil(_ceil(on.n, SHARES), tile.rows) * tile.rows
+        shares = _ceil(on.n, share)
+        columns = min(tile.values, max(16, _power(on.v)))
+        partial = m.new_empty(shares, on.d, on.v, dtype=torch.float32)
+        dpre = _rows(dmixed)[:, on.v : on.v + on.d]
+        _grid(weight_kernels.multiply, shares, _ceil(on.v, columns))(
+            partial, dpre, u, on.n, share, dpre.stride(0),
+            D=on.d, V=on.v, BM=tile.rows, BD=on.block, BV=columns, STAGES=tile.stages, num_warps=tile.warps,
+        )  # fmt: skip
+        _grid(weight_kernels.finish, _ceil(on.v, COLUMNS) + _ceil(on.d, 2 * COLUMNS))(
+            dweight, dgain, dbias, partial, bias_partial, weight.contiguous(), _dense(gain), shares, programs,
+            D=on.d, V=on.v, NORM=gain is not None, BIAS=bias is not None, BD=on.block, BV=COLUMNS,
+            SHARES=SUM // (on.block * COLUMNS), BLOCK=SUM // (2 * COLUMNS), COLUMNS=2 * COLUMNS, num_warps=8,
+        )  # fmt: skip
+    return results
+
+
+@torch.library.register_fake("chela::gated_output")
+def _forward_shapes(
+    m: Tensor,
+    mixed: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    seed: Tensor | None,
+    heads: int,
+    dropout: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    pre = m.new_empty(residual.shape if keep else (0,))
+    return residual.new_empty(residual.shape), pre, m.new_empty(weight.shape if keep else (0,))
+
+
+@torch.library.register_fake("chela::gated_output_backward")
+def _backward_shapes(
+    dy: Tensor,
+    pre: Tensor,
+    folded: Tensor,
+    m: Tensor,
+    mixed: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    seed: Tensor | None,
+    heads: int,
+    dropout: float,
+) -> tuple[Tensor, ...]:
+    inputs = m, mixed, residual, weight, bias, gain
+    return tuple(m.new_empty(0) if like is None else like.new_empty(like.shape) for like in inputs)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.heads, ctx.dropout, _ = inputs
+    ctx.save_for_backward(*output[1:], *tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    pre, folded, *inputs = ctx.saved_tensors
+    if dy is None:
+        return (None,) * (len(inputs) + 3)
+    gradients = torch.ops.chela.gated_output_backward.default(dy, pre, folded, *inputs, ctx.heads, ctx.dropout)
+    given = (None if like is None else gradient for like, gradient in zip(inputs[:-1], gradients, strict=True))
+    return *given, None, None, None, None
+
+
+def _no_second_derivative(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    raise NotImplementedError("gated_output's Triton kernels have no second derivative: use impl='reference'")
+
+
+torch.library.register_autograd("chela::gated_output", _differentiate, setup_context=_save)
+torch.library.register_autograd("chela::gated_output_backward", _no_second_derivative)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """[N, width] with unit stride along the width; copied only where the rows are not evenly spaced in memory."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _grid(kernel: Any, *programs: int) -> Any:
+    return kernel[programs]
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power(n: int) -> int:
+    """The smallest power of 2 of at least n."""
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,205 @@
+"""Triton kernels of the gated output: forward and backward over its rows.
+
+Shapes: N rows, H heads of width HV (V = H HV), D model width. A program has BM rows, all D columns (BD >= D of them
+in a tile, with a mask), and walks through the values of a head in chunks of BC. Where a head is wider than a chunk,
+sums over it need a walk of their own. The weight comes folded: `gain W_o`, in the dtype of the products, so that
+u = silu(gate) norm(m) everywhere (`weight_kernels`). The number of rows is never a constant of a kernel.
+"""
+
+import triton
+import triton.language as tl
+
+from chela.ops.dropout_kernels import keep
+
+
+@triton.jit
+def _values(x_rows, column, there, HV: tl.constexpr, BC: tl.constexpr):
+    """A head's columns `column : column + BC` of rows of m or gate [BM, BC], zero outside."""
+    v = tl.arange(0, BC)
+    inside = there
+    if HV % BC != 0:
+        inside = there & (v < HV - column % HV)[None, :]
+    return tl.load(x_rows + (column + v)[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _weight(weight_ptr, column, D: tl.constexpr, HV: tl.constexpr, V: tl.constexpr, BD: tl.constexpr,
+            BC: tl.constexpr):  # fmt: skip
+    """The same columns of the folded weight [BD, BC]."""
+    d, v = tl.arange(0, BD)[:, None], tl.arange(0, BC)[None, :]
+    pointer = weight_ptr + d * V + (column + v)
+    if (BD == D) & (HV % BC == 0):
+        return tl.load(pointer)
+    return tl.load(pointer, mask=(d < D) & (v < HV - column % HV), other=0.0)
+
+
+@triton.jit(do_not_specialize=["n"])
+def forward(
+    y_ptr,  # [N, D]
+    pre_ptr,  # [N, D]: h + u W^T + b, kept for the backward pass
+    m_ptr,  # [N, V], rows m_row apart
+    mixed_ptr,  # [N, V + 2D], rows mixed_row apart: gate, h, p
+    residual_ptr,  # [N, D], rows residual_row apart
+    weight_ptr,  # [D, V], folded
+    bias_ptr,  # [D]
+    seed_ptr,  # []
+    n,
+    m_row,
+    mixed_row,
+    residual_row,
+    threshold,
+    scale,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+    BD: tl.constexpr,
+    EPS: tl.constexpr,
+    STREAM: tl.constexpr,
+    NORM: tl.constexpr,
+    BIAS: tl.constexpr,
+    DROPS: tl.constexpr,
+    KEEP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Output: residual + sigmoid(p) (dropout(silu(h + u W^T + b)) - residual)."""
+    V: tl.constexpr = H * HV
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    d = tl.arange(0, BD)
+    there = (row < n)[:, None]
+    narrow = there & (d < D)[None, :]
+    m_rows = m_ptr + (row * m_row)[:, None]
+    mixed_rows = mixed_ptr + (row * mixed_row)[:, None]
+
+    pre = tl.zeros([BM, BD], tl.float32)
+    for head in range(H):
+        if NORM & (BC < HV):
+            squares = tl.zeros([BM], tl.float32)
+            for column in tl.range(head * HV, (head + 1) * HV, BC, num_stages=STAGES):
+                m = _values(m_rows, column, there, HV, BC).to(tl.float32)
+                squares += tl.sum(m * m, axis=1)
+            inverse = tl.rsqrt(squares / HV + EPS)[:, None]
+        for column in tl.range(head * HV, (head + 1) * HV, BC, num_stages=STAGES):
+            m = _values(m_rows, column, there, HV, BC).to(tl.float32)
+            gate = _values(mixed_rows, column, there, HV, BC).to(tl.float32)
+            weight = _weight(weight_ptr, column, D, HV, V, BD, BC)
+            if NORM & (BC >= HV):
+                inverse = tl.rsqrt(tl.sum(m * m, axis=1) / HV + EPS)[:, None]
+            u = m * gate * tl.sigmoid(gate)
+            if NORM:
+                u *= inverse
+            pre = tl.dot(u.to(weight.dtype), tl.trans(weight), pre, input_precision="tf32x3")  # [BM, BD]
+
+    pre += tl.load(mixed_rows + (V + d)[None, :], mask=narrow, other=0.0).to(tl.float32)
+    if BIAS:
+        pre += tl.load(bias_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    p = tl.load(mixed_rows + (V + D + d)[None, :], mask=narrow, other=0.0).to(tl.float32)
+    residual = tl.load(residual_ptr + (row * residual_row)[:, None] + d[None, :], mask=narrow, other=0.0)
+    residual = residual.to(tl.float32)
+    at = (row * D)[:, None] + d[None, :]
+    if KEEP:
+        tl.store(pre_ptr + at, pre.to(pre_ptr.dtype.element_ty), mask=narrow)
+    a = pre * tl.sigmoid(pre)
+    if DROPS:
+        a = tl.where(keep(tl.load(seed_ptr), row, 0, threshold, STREAM, BD), a * scale, 0.0)
+    y = residual + tl.sigmoid(p) * (a - residual)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=narrow)
+
+
+@triton.jit(do_not_specialize=["n"])
+def backward(
+    dm_ptr,  # [N, V]
+    dmixed_ptr,  # [N, V + 2D]
+    dresidual_ptr,  # [N, D]
+    u_ptr,  # [N, V]
+    partial_ptr,  # [programs, D] float32: each program's share of the bias's gradient
+    dy_ptr,  # [N, D], rows dy_row apart
+    pre_ptr,  # [N, D]
+    m_ptr,  # [N, V], rows m_row apart
+    mixed_ptr,  # [N, V + 2D], rows mixed_row apart
+    residual_ptr,  # [N, D], rows residual_row apart
+    weight_ptr,  # [D, V], folded
+    seed_ptr,  # []
+    n,
+    dy_row,
+    m_row,
+    mixed_row,
+    residual_row,
+    threshold,
+    scale,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+    BD: tl.constexpr,
+    EPS: tl.constexpr,
+    STREAM: tl.constexpr,
+    NORM: tl.constexpr,
+    DROPS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Gradients of m, mixed and residual; u for the weight's gradient, and the bias's shares."""
+    V: tl.constexpr = H * HV
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    d = tl.arange(0, BD)
+    there = (row < n)[:, None]
+    narrow = there & (d < D)[None, :]
+    at = (row * D)[:, None] + d[None, :]
+    m_rows = m_ptr + (row * m_row)[:, None]
+    mixed_rows = mixed_ptr + (row * mixed_row)[:, None]
+    dm_rows, u_rows = dm_ptr + (row * V)[:, None], u_ptr + (row * V)[:, None]
+    dmixed_rows = dmixed_ptr + (row * (V + 2 * D))[:, None]
+    dtype: tl.constexpr = m_ptr.dtype.element_ty
+
+    dy = tl.load(dy_ptr + (row * dy_row)[:, None] + d[None, :], mask=narrow, other=0.0).to(tl.float32)
+    p = tl.load(mixed_rows + (V + D + d)[None, :], mask=narrow, other=0.0).to(tl.float32)
+    pre = tl.load(pre_ptr + at, mask=narrow, other=0.0).to(tl.float32)
+    residual = tl.load(residual_ptr + (row * residual_row)[:, None] + d[None, :], mask=narrow, other=0.0)
+    mix, open_pre = tl.sigmoid(p), tl.sigmoid(pre)
+    tl.store(dresidual_ptr + at, (dy * (1 - mix)).to(dresidual_ptr.dtype.element_ty), mask=narrow)
+    a = pre * open_pre
+    dpre = dy * mix * open_pre * (1 + pre * (1 - open_pre))
+    if DROPS:
+        kept = keep(tl.load(seed_ptr), row, 0, threshold, STREAM, BD)
+        a = tl.where(kept, a * scale, 0.0)
+        dpre = tl.where(kept, dpre * scale, 0.0)
+    dp = dy * (a - residual.to(tl.float32)) * mix * (1 - mix)
+    tl.store(dmixed_rows + (V + D + d)[None, :], dp.to(dtype), mask=narrow)
+    tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * D + d, tl.sum(dpre, axis=0), mask=d < D)
+    dpre = dpre.to(dtype)
+    tl.store(dmixed_rows + (V + d)[None, :], dpre, mask=narrow)
+
+    for head in range(H):
+        if NORM & (BC < HV):
+            squares, total = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
+            for column in tl.range(head * HV, (head + 1) * HV, BC, num_stages=STAGES):
+                m = _values(m_rows, column, there, HV, BC).to(tl.float32)
+                gate = _values(mixed_rows, column, there, HV, BC).to(tl.float32)
+                weight = _weight(weight_ptr, column, D, HV, V, BD, BC)
+                du = tl.dot(dpre, weight, input_precision="tf32x3")  # [BM, BC]
+                squares += tl.sum(m * m, axis=1)
+                total += tl.sum(du * m * gate * tl.sigmoid(gate), axis=1)
+            inverse = tl.rsqrt(squares / HV + EPS)[:, None]
+            mean = inverse * total[:, None] / HV  # of dnorm norm
+        for column in tl.range(head * HV, (head + 1) * HV, BC, num_stages=STAGES):
+            m = _values(m_rows, column, there, HV, BC).to(tl.float32)
+            gate = _values(mixed_rows, column, there, HV, BC).to(tl.float32)
+            weight = _weight(weight_ptr, column, D, HV, V, BD, BC)
+            du = tl.dot(dpre, weight, input_precision="tf32x3")  # [BM, BC]
+            open = tl.sigmoid(gate)
+            dm = du * gate * open
+            if NORM:
+                if BC >= HV:
+                    inverse = tl.rsqrt(tl.sum(m * m, axis=1) / HV + EPS)[:, None]
+                    mean = inverse * tl.sum(dm * m, axis=1)[:, None] / HV
+                m *= inverse
+                dm = inverse * (dm - m * mean)
+            dgate = du * m * open * (1 + gate * (1 - open))
+            u = m * gate * open
+            v = column + tl.arange(0, BC)
+            inside = there & (v < (head + 1) * HV)[None, :]
+            tl.store(u_rows + v[None, :], u.to(dtype), mask=inside)
+            tl.store(dmixed_rows + v[None, :], dgate.to(dtype), mask=inside)
+            tl.store(dm_rows + v[None, :], dm.to(dtype), mask=inside)
