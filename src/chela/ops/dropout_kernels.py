@@ -18,21 +18,10 @@ def keep(seed, row, first, threshold, STREAM: tl.constexpr, WIDTH: tl.constexpr)
     c0 = row[:, None].to(tl.uint32) + (column * 0)[None, :].to(tl.uint32)
     c1 = (row * 0)[:, None].to(tl.uint32) + column[None, :].to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, c0, c1, c0 * 0 + STREAM, c0 * 0)
-    low = tl.join(tl.join(_low(w0, threshold), _low(w2, threshold)), tl.join(_low(w1, threshold), _low(w3, threshold)))
-    high = tl.join(
-        tl.join(_high(w0, threshold), _high(w2, threshold)), tl.join(_high(w1, threshold), _high(w3, threshold))
-    )
-    kept = tl.join(low, high)  # [ROWS, WIDTH / 8, word // 2, word % 2, half]
-    kept = tl.reshape(kept, [row.shape[0], GROUPS, 8, 2, 2, 2])
-    kept = tl.permute(kept, [0, 1, 3, 4, 5, 2])
-    return tl.reshape(kept, [row.shape[0], WIDTH])
-
-
-@triton.jit
-def _low(word, threshold):
-    return (word & 0xFFFF).to(tl.int32) >= threshold
-
-
-@triton.jit
-def _high(word, threshold):
-    return (word >> 16).to(tl.int32) >= threshold
+    # A half is compared as the upper one of a word, whose lower one then makes no difference.
+    low = tl.join(tl.join(w0 << 16, w2 << 16), tl.join(w1 << 16, w3 << 16))
+    high = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    halves = tl.join(low, high)  # [ROWS, WIDTH / 8, word // 2, word % 2, half]
+    halves = tl.reshape(halves, [row.shape[0], GROUPS, 8, 2, 2, 2])
+    halves = tl.permute(halves, [0, 1, 3, 4, 5, 2])
+    return tl.reshape(halves, [row.shape[0], WIDTH]) >= tl.full([1, 1], threshold << 16, tl.uint32)
