@@ -58,7 +58,7 @@ OPTIONS = {
         " --model.squash --model.tap-dropout --model.attention --model.attention-norm --model.decay --model.norm"
         " --model.prenorm --model.dropout --model.pooling --model.merged"
         " --data.task --data.root --data.encoding --data.rate --data.max-length --data.min-length --data.examples"
-        " --data.seed"
+        " --data.distractors --data.seed"
         " --optim.lr --optim.kernel-lr --optim.weight-decay --optim.betas --optim.eps --optim.clip --optim.warmup"
         " --optim.schedule"
         " --train.steps --train.batch-size --train.bucket-batches --train.pad-multiple --train.accumulate"
@@ -68,7 +68,7 @@ OPTIONS = {
     ),
     "eval": "--split --data.root --batch-size --device",
     "generate": "--prompt --max-new-tokens --temperature --top-k --top-p --seed --device",
-    "data": "--root --encoding --rate --max-length --min-length --examples --seed",
+    "data": "--root --encoding --rate --max-length --min-length --examples --distractors --seed --show",
     "bench": "--device --dtype --seconds --peers --out",
     "report": "--out",
     "doctor": "--root --selftest",

@@ -120,11 +120,13 @@ class DataConfig:
     """Shortest tree, where the task is generated (ListOps); 0 takes the task's own."""
     examples: int = 0
     """Training examples to generate, where the task is generated; 0 takes the task's own number."""
+    distractors: int = 0
+    """Short paths that distract in a generated image (Pathfinder, Path-X); 0 takes the task's own number."""
     seed: int = 0
     """Seed of generated data and of splits that are not published; the seed of a run does not change them."""
 
     def __post_init__(self) -> None:
-        for name in ("rate", "max_length", "min_length", "examples", "seed"):
+        for name in ("rate", "max_length", "min_length", "examples", "distractors", "seed"):
             _require(getattr(self, name) >= 0, f"data.{name} must not be negative, got {getattr(self, name)}")
 
 

@@ -134,7 +134,9 @@ def data(
     max_length: int = 0,
     min_length: int = 0,
     examples: int = 0,
+    distractors: int = 0,
     seed: int = 0,
+    show: bool = False,
 ) -> None:
     """Prepare the data of a task and say what is there; without a task, list the tasks.
 
@@ -148,9 +150,12 @@ def data(
         max_length: Cut sequences to this many tokens.
         min_length: Shortest tree (ListOps).
         examples: Examples to generate, where the task is generated.
+        distractors: Short paths that distract in a generated image (Pathfinder, Path-X).
         seed: Seed of generated data and of splits that are not published.
+        show: Draw the first training images with their labels into TASK.png instead (Pathfinder, Path-X).
     """
     from chela.data import TASKS
+    from chela.evaluation.contact_sheet import contact_sheet
     from chela.evaluation.datasets import describe_task
 
     if not task:
@@ -165,9 +170,10 @@ def data(
             max_length=max_length,
             min_length=min_length,
             examples=examples,
+            distractors=distractors,
             seed=seed,
         )
-        print(describe_task(asked, progress=print))
+        print(contact_sheet(asked, progress=print) if show else describe_task(asked, progress=print))
     except ValueError as error:  # data know their settings by the names that `train` has for them
         raise ValueError(str(error).replace("--data.", "--")) from None
 

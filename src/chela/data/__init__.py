@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from chela.config import DataConfig, Encoding
-from chela.data import byte_stream, digits, images, listops, pathfinder_files, retrieval, speech, spoken_digits, text
+from chela.data import byte_stream, digits, images, listops, pathfinder, retrieval, speech, spoken_digits, text
 from chela.data.batch import Batch as Batch
 from chela.data.batch import FixedSplit as FixedSplit
 from chela.data.batch import FixedTokens as FixedTokens
@@ -36,20 +36,6 @@ class Reader:
     """Whether `data.max_length` cuts sequences; where it does not, all have the same length."""
 
 
-def _pathfinder(size: int) -> Callable[[DataConfig, Progress], Task]:
-    def load(config: DataConfig, progress: Progress) -> Task:
-        task = pathfinder_files.load(config, size, progress)
-        if task is None:
-            raise ValueError(
-                f"no data for {config.task}: put the folder pathfinder{size} of the LRA release "
-                f"(https://github.com/google-research/long-range-arena) into {config.root.expanduser()}, or name the "
-                "folder that has it with --data.root"
-            )
-        return task
-
-    return load
-
-
 TEXTS: tuple[Encoding, ...] = ("bytes", "characters")
 PIXELS: tuple[Encoding, ...] = ("real", "tokens")
 READERS = {
@@ -66,8 +52,12 @@ READERS = {
     "image": Reader(
         lambda config, _: images.load(config), "CIFAR-10 in gray, read pixel by pixel (your copy)", encodings=PIXELS
     ),
-    "pathfinder": Reader(_pathfinder(32), "are two dots joined, 32 x 32 pixels (your copy)", encodings=PIXELS),
-    "path-x": Reader(_pathfinder(128), "are two dots joined, 128 x 128 pixels (your copy)", encodings=PIXELS),
+    "pathfinder": Reader(
+        pathfinder.load, "are two discs joined, 32 x 32 pixels (generated, or the published files)", encodings=PIXELS
+    ),
+    "path-x": Reader(
+        pathfinder.load, "are two discs joined, 128 x 128 pixels (generated, or the published files)", encodings=PIXELS
+    ),
     "image-colour": Reader(
         lambda config, _: images.load_colour(config), "CIFAR-10 in colour, read pixel by pixel (your copy)"
     ),
@@ -115,6 +105,8 @@ def load_task(config: DataConfig, *, progress: Progress = None) -> Task:
         raise ValueError(f"--data.rate is {config.rate}: {name} {_takes(reader.rates)}")
     if config.max_length and not reader.cuts:
         raise ValueError(f"--data.max-length is {config.max_length}: all sequences of {name} have the same length")
+    if config.distractors and name not in pathfinder.RULES:
+        raise ValueError(f"--data.distractors is {config.distractors}: only {' and '.join(pathfinder.RULES)} have them")
     filled = replace(config, encoding=config.encoding or reader.encodings[0], rate=config.rate or reader.rates[0])
     return reader.load(filled, progress)
 
