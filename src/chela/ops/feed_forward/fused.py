@@ -19,6 +19,7 @@ class Tile(NamedTuple):
     """Columns of F at a time; a multiple of 64, as dropout wants."""
     warps: int
     stages: int
+    """Slices of the weights, or tiles of rows for the weights' gradients, that are on their way at a time."""
 
 
 class Plan(NamedTuple):
@@ -42,6 +43,9 @@ PLANS = {
         128: Plan(Tile(64, 64, 8, 1), Tile(64, 64, 8, 1), Tile(64, 64, 8, 1)),
     },
 }
+STAYING = 2**17
+"""Bytes of both weights, of 16-bit numbers, up to which they stay in shared memory, while one program for each multiprocessor walks over
+the tiles of rows. Larger ones pass through for every tile."""
 FOLD = 16
 """Rows of the weights that one program folds."""
 SUM = 4096
@@ -120,6 +124,8 @@ class _Launch:
         self.gains = {"GAIN": gain is not None, "GAIN_STEP": int(norm != "scale"), "SHIFT": shift is not None}
         self.norm = {"NORM": "rms" if norm == "scale" else norm, "EPS": EPS[norm]}
         self.drop = {"DROP": seed is not None}
+        self.stays = dtype.itemsize == 2 and 4 * self.padded * self.block <= STAYING
+        self.programs = _programs(x.device)
         weights = x.new_empty(2, self.padded, self.block, dtype=dtype)
         bias = x.new_empty(self.padded, dtype=torch.float32)
         _grid(kernels.fold, self.padded // FOLD)(
@@ -127,6 +133,11 @@ class _Launch:
             F=self.f, D=self.d, BLOCK_F=FOLD, BLOCK_D=self.block, **self.gains,
         )  # fmt: skip
         self.weights = weights[0], bias, weights[1]
+
+    def tiles(self, tile: Tile) -> int:
+        """Programs of a kernel that gives rows."""
+        tiles = -(-self.rows // tile.rows)
+        return min(tiles, self.programs) if self.stays else tiles
 
     def sizes(self, tile: Tile) -> dict[str, Any]:
         """Constants of a kernel."""
@@ -164,9 +175,9 @@ def _forward(
         on = _Launch(x, w1, b1, w2, gain, shift, seed, norm, dropout, dtype)
         tile = on.plan.forward
         x = x.contiguous()
-        _grid(kernels.forward, -(-on.rows // tile.rows))(
+        _grid(kernels.forward, on.tiles(tile))(
             out, x, x if residual is None else residual.contiguous(), *on.weights, b2.contiguous(), on.drops[0],
-            on.rows, *on.drops[1:], **on.norm, **on.sizes(tile),
+            on.rows, *on.drops[1:], STAY=on.stays, **on.norm, **on.sizes(tile),
         )  # fmt: skip
     return out
 
@@ -200,13 +211,13 @@ def _backward(
             torch.empty_like(like, dtype=dtype) if write else like for like, write in zip((x, dy), writes, strict=True)
         )
         tile = on.plan.row_gradients
-        _grid(kernels.row_gradients, -(-on.rows // tile.rows))(
+        _grid(kernels.row_gradients, on.tiles(tile))(
             dx, xh, dz, dy, x, *on.weights, on.drops[0], on.rows, *on.drops[1:],
-            OWN=own, WRITE_XH=writes[0], WRITE_DZ=writes[1], **on.norm, **on.sizes(tile),
+            OWN=own, STAY=on.stays, WRITE_XH=writes[0], WRITE_DZ=writes[1], **on.norm, **on.sizes(tile),
         )  # fmt: skip
         tile = on.plan.weight_gradients
         slices = on.padded // tile.hidden
-        splits = min(-(-on.rows // tile.rows), max(_programs(x.device) // slices, 1))
+        splits = min(-(-on.rows // tile.rows), max(on.programs // slices, 1))
         parts = x.new_empty(splits, (2 * on.padded + 1) * on.block + on.padded, dtype=torch.float32)
         _grid(kernels.weight_gradients, slices, splits)(
             parts, xh, dz, *on.weights, on.drops[0], on.rows, splits, *on.drops[1:], **on.sizes(tile)

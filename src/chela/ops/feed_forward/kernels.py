@@ -86,6 +86,40 @@ def _dropped(x, seed_ptr, row, first, threshold, scale, STREAM: tl.constexpr, DR
     return x
 
 
+@triton.jit
+def _slice(w1_ptr, w2_ptr, first, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Both weights of a slice of F, [BLOCK_F, BLOCK_D]."""
+    at = (first + tl.arange(0, BLOCK_F))[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    return tl.load(w1_ptr + at), tl.load(w2_ptr + at)
+
+
+@triton.jit
+def _slices(w1_ptr, w2_ptr, F: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr):
+    """All slices, which stay in shared memory for as long as the program runs."""
+    slices = ()
+    for n in tl.static_range(F // BLOCK_F):
+        slices = slices + (_slice(w1_ptr, w2_ptr, n * BLOCK_F, BLOCK_F, BLOCK_D),)
+    return slices
+
+
+@triton.jit
+def _rows_of(tile, rows, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, D: tl.constexpr):
+    """Numbers of a tile's rows [BLOCK_M], and where its entries are and whether, [BLOCK_M, BLOCK_D]."""
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    return row, row.to(tl.int64)[:, None] * D + d[None, :], (row < rows)[:, None] & (d < D)[None, :]
+
+
+@triton.jit
+def _forward_slice(acc, xh, weights, b1_ptr, seed_ptr, row, first, threshold, scale, DROP: tl.constexpr):
+    """Add to acc [M, BLOCK_D] what a slice of F gives."""
+    w1, w2 = weights
+    b1 = tl.load(b1_ptr + first + tl.arange(0, w1.shape[0]))
+    h = tl.dot(xh, tl.trans(w1), input_precision="tf32x3") + b1[None, :]
+    a = _dropped(h * _sigmoid(h), seed_ptr, row, first, threshold, scale, 0, DROP)
+    return tl.dot(a.to(w2.dtype), w2, acc, input_precision="tf32x3")
+
+
 @triton.jit(do_not_specialize=["rows", "threshold"])
 def forward(
     out_ptr,  # [ROWS, D]
@@ -104,36 +138,47 @@ def forward(
     NORM: tl.constexpr,
     EPS: tl.constexpr,
     DROP: tl.constexpr,
+    STAY: tl.constexpr,  # the weights stay in shared memory
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_F: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Outputs of BLOCK_M rows."""
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """Outputs of every so-manieth tile of BLOCK_M rows."""
     d = tl.arange(0, BLOCK_D)
-    inside = (row < rows)[:, None] & (d < D)[None, :]
-    at = row.to(tl.int64)[:, None] * D + d[None, :]
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    xh, _ = _normalise(x, inside, EPS, NORM, D)
-    xh = xh.to(w1_ptr.dtype.element_ty)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for first in tl.range(0, F, BLOCK_F, num_stages=STAGES):
-        f = first + tl.arange(0, BLOCK_F)
-        weight = f[:, None] * BLOCK_D + d[None, :]
-        w1, w2 = tl.load(w1_ptr + weight), tl.load(w2_ptr + weight)  # [BLOCK_F, BLOCK_D]
-        h = tl.dot(xh, tl.trans(w1), input_precision="tf32x3") + tl.load(b1_ptr + f)[None, :]
-        a = _dropped(h * _sigmoid(h), seed_ptr, row, first, threshold, scale, 0, DROP)
-        acc = tl.dot(a.to(w2.dtype), w2, acc, input_precision="tf32x3")
-    acc += tl.load(b2_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-    acc = _dropped(acc, seed_ptr, row, 0, threshold, scale, 1, DROP)
-    residual = tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, (residual + acc).to(out_ptr.dtype.element_ty), mask=inside)
+    dtype = w1_ptr.dtype.element_ty
+    b2 = tl.load(b2_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    if STAY:
+        slices = _slices(w1_ptr, w2_ptr, F, BLOCK_F, BLOCK_D)
+    tile = tl.program_id(0)
+    row, at, inside = _rows_of(tile, rows, BLOCK_M, BLOCK_D, D)
+    xh, _ = _normalise(tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32), inside, EPS, NORM, D)
+    xh = xh.to(dtype)
+    # A tile is loaded while the one before it is computed.
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0), num_stages=1):
+        row, at, inside = _rows_of(tile, rows, BLOCK_M, BLOCK_D, D)
+        _, next_at, next_inside = _rows_of(tile + tl.num_programs(0), rows, BLOCK_M, BLOCK_D, D)
+        next_x = tl.load(x_ptr + next_at, mask=next_inside, other=0.0)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        if STAY:
+            for n in tl.static_range(F // BLOCK_F):
+                acc = _forward_slice(acc, xh, slices[n], b1_ptr, seed_ptr, row, n * BLOCK_F, threshold, scale, DROP)
+        else:
+            for first in tl.range(0, F, BLOCK_F, num_stages=STAGES):
+                weights = _slice(w1_ptr, w2_ptr, first, BLOCK_F, BLOCK_D)
+                acc = _forward_slice(acc, xh, weights, b1_ptr, seed_ptr, row, first, threshold, scale, DROP)
+        acc = _dropped(acc + b2[None, :], seed_ptr, row, 0, threshold, scale, 1, DROP)
+        residual = tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out_ptr + at, (residual + acc).to(out_ptr.dtype.element_ty), mask=inside)
+        xh, _ = _normalise(next_x.to(tl.float32), next_inside, EPS, NORM, D)
+        xh = xh.to(dtype)
 
 
 @triton.jit
-def _hidden(xh, dz, w1, w2, b1, seed_ptr, row, first, threshold, scale, DROP: tl.constexpr):
-    """Dh and a [M, BLOCK_F] from rows [M, BLOCK_D] and a slice of the weights [BLOCK_F, BLOCK_D]."""
+def _hidden(xh, dz, weights, b1_ptr, seed_ptr, row, first, threshold, scale, DROP: tl.constexpr):
+    """Dh and a [M, BLOCK_F] from rows [M, BLOCK_D] and a slice of the weights."""
+    w1, w2 = weights
+    b1 = tl.load(b1_ptr + first + tl.arange(0, w1.shape[0]))
     h = tl.dot(xh, tl.trans(w1), input_precision="tf32x3") + b1[None, :]
     da = tl.dot(dz, tl.trans(w2), input_precision="tf32x3")
     gate = _sigmoid(h)
@@ -166,6 +211,7 @@ def row_gradients(
     EPS: tl.constexpr,
     DROP: tl.constexpr,
     OWN: tl.constexpr,  # x is the residual as well
+    STAY: tl.constexpr,  # the weights stay in shared memory
     WRITE_XH: tl.constexpr,
     WRITE_DZ: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -173,40 +219,43 @@ def row_gradients(
     BLOCK_F: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Gradients of BLOCK_M rows of x."""
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    d = tl.arange(0, BLOCK_D)
-    inside = (row < rows)[:, None] & (d < D)[None, :]
-    at = row.to(tl.int64)[:, None] * D + d[None, :]
-    if WRITE_XH:
-        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        xh, rstd = _normalise(x, inside, EPS, NORM, D)
-        tl.store(xh_ptr + at, xh.to(xh_ptr.dtype.element_ty), mask=inside)
-    if WRITE_DZ:
-        dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        dz = _dropped(dy, seed_ptr, row, 0, threshold, scale, 1, DROP)
-        tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=inside)
-    tl.debug_barrier()  # what is loaded goes to the matrix units through shared memory, what is computed does not
-    xh = tl.load(xh_ptr + at, mask=inside, other=0.0)
-    dz = tl.load(dz_ptr + at, mask=inside, other=0.0)
-    dxh = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for first in tl.range(0, F, BLOCK_F, num_stages=STAGES):
-        f = first + tl.arange(0, BLOCK_F)
-        weight = f[:, None] * BLOCK_D + d[None, :]
-        w1, w2 = tl.load(w1_ptr + weight), tl.load(w2_ptr + weight)  # [BLOCK_F, BLOCK_D]
-        b1 = tl.load(b1_ptr + f)
-        dh, _a = _hidden(xh, dz, w1, w2, b1, seed_ptr, row, first, threshold, scale, DROP)
-        dxh = tl.dot(dh.to(w1.dtype), w1, dxh, input_precision="tf32x3")
-    dx = dxh
-    if NORM != "none":
-        xh = tl.load(xh_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        dx -= xh * (tl.sum(dxh * xh, axis=1) / D)[:, None]
-        if NORM == "layer":
-            dx -= (tl.sum(dxh, axis=1) / D)[:, None]
-        dx *= rstd[:, None]
-    if OWN:
-        dx += tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    """Gradients of every so-manieth tile of BLOCK_M rows of x."""
+    if STAY:
+        slices = _slices(w1_ptr, w2_ptr, F, BLOCK_F, BLOCK_D)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0), num_stages=1):
+        row, at, inside = _rows_of(tile, rows, BLOCK_M, BLOCK_D, D)
+        if WRITE_XH:
+            x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            xh, rstd = _normalise(x, inside, EPS, NORM, D)
+            tl.store(xh_ptr + at, xh.to(xh_ptr.dtype.element_ty), mask=inside)
+        if WRITE_DZ:
+            dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            dz = _dropped(dy, seed_ptr, row, 0, threshold, scale, 1, DROP)
+            tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=inside)
+        tl.debug_barrier()  # what is loaded goes to matrix units through shared memory, what is computed does not
+        xh_tile = tl.load(xh_ptr + at, mask=inside, other=0.0)
+        dz_tile = tl.load(dz_ptr + at, mask=inside, other=0.0)
+        dxh = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        if STAY:
+            for n in tl.static_range(F // BLOCK_F):
+                first = n * BLOCK_F
+                dh, _ = _hidden(xh_tile, dz_tile, slices[n], b1_ptr, seed_ptr, row, first, threshold, scale, DROP)
+                dxh = tl.dot(dh.to(xh_tile.dtype), slices[n][0], dxh, input_precision="tf32x3")
+        else:
+            for first in tl.range(0, F, BLOCK_F, num_stages=STAGES):
+                weights = _slice(w1_ptr, w2_ptr, first, BLOCK_F, BLOCK_D)
+                dh, _ = _hidden(xh_tile, dz_tile, weights, b1_ptr, seed_ptr, row, first, threshold, scale, DROP)
+                dxh = tl.dot(dh.to(xh_tile.dtype), weights[0], dxh, input_precision="tf32x3")
+        dx = dxh
+        if NORM != "none":
+            xh = tl.load(xh_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            dx -= xh * (tl.sum(dxh * xh, axis=1) / D)[:, None]
+            if NORM == "layer":
+                dx -= (tl.sum(dxh, axis=1) / D)[:, None]
+            dx *= rstd[:, None]
+        if OWN:
+            dx += tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "threshold", "splits"])
@@ -233,29 +282,24 @@ def weight_gradients(
     """Gradients of a slice of F, summed over every `splits`-th tile of rows."""
     first = tl.program_id(0) * BLOCK_F
     split = tl.program_id(1)
-    f = first + tl.arange(0, BLOCK_F)
-    d = tl.arange(0, BLOCK_D)
-    weight = f[:, None] * BLOCK_D + d[None, :]
-    w1, w2 = tl.load(w1_ptr + weight), tl.load(w2_ptr + weight)  # [BLOCK_F, BLOCK_D]
-    b1 = tl.load(b1_ptr + f)
+    weights = _slice(w1_ptr, w2_ptr, first, BLOCK_F, BLOCK_D)
     g = tl.zeros([BLOCK_D, BLOCK_F], tl.float32)
     dw2 = tl.zeros([BLOCK_D, BLOCK_F], tl.float32)
     # Of db1 and db2 a thread keeps what its own rows add; threads meet after the loop.
     db1 = tl.zeros([BLOCK_M // 16, 8, BLOCK_F], tl.float32)
     db2 = tl.zeros([16, BLOCK_D], tl.float32)
     for tile in tl.range(split, tl.cdiv(rows, BLOCK_M), splits, num_stages=STAGES):
-        row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        inside = (row < rows)[:, None] & (d < D)[None, :]
-        at = row.to(tl.int64)[:, None] * D + d[None, :]
+        row, at, inside = _rows_of(tile, rows, BLOCK_M, BLOCK_D, D)
         xh = tl.load(xh_ptr + at, mask=inside, other=0.0)
         dz = tl.load(dz_ptr + at, mask=inside, other=0.0)
         if first == 0:
             db2 += tl.sum(tl.reshape(dz.to(tl.float32), [BLOCK_M // 16, 16, BLOCK_D]), axis=0)
-        dh, a = _hidden(xh, dz, w1, w2, b1, seed_ptr, row, first, threshold, scale, DROP)
+        dh, a = _hidden(xh, dz, weights, b1_ptr, seed_ptr, row, first, threshold, scale, DROP)
         # Rows beyond the end have dz = 0 and so dh = 0.
         db1 += tl.sum(tl.reshape(dh, [BLOCK_M // 16, 2, 8, BLOCK_F]), axis=1)
-        g = tl.dot(tl.trans(xh), dh.to(w1.dtype), g, input_precision="tf32x3")
-        dw2 = tl.dot(tl.trans(dz), a.to(w1.dtype), dw2, input_precision="tf32x3")
+        g = tl.dot(tl.trans(xh), dh.to(xh.dtype), g, input_precision="tf32x3")
+        dw2 = tl.dot(tl.trans(dz), a.to(dz.dtype), dw2, input_precision="tf32x3")
+    f, d = first + tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_D)
     SIZE: tl.constexpr = 2 * BLOCK_D * F + F + BLOCK_D
     part = parts_ptr + split.to(tl.int64) * SIZE
     tl.store(part + d[:, None] * F + f[None, :], g)
