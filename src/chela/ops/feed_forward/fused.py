@@ -44,8 +44,8 @@ PLANS = {
     },
 }
 STAYING = 2**17
-"""Bytes of both weights, of 16-bit numbers, up to which they stay in shared memory, while one program for each multiprocessor walks over
-the tiles of rows. Larger ones pass through for every tile."""
+"""Bytes of both weights, of 16-bit numbers, up to which they stay in shared memory, while one program for each
+multiprocessor walks over the tiles of rows. Larger ones pass through for every tile."""
 FOLD = 16
 """Rows of the weights that one program folds."""
 SUM = 4096
