@@ -80,10 +80,43 @@ class GatedLinearAttention(nn.Module):
         Raises:
             ValueError: mask together with state, or what the op refuses.
         """
+        shared, gate = self.from_z(z).split(self.widths, dim=-1)
+        attended, after = self.mix(
+            x, shared, mask=mask, state=state, return_state=return_state, cu_seqlens=cu_seqlens, impl=impl
+        )
+        return self.finish(attended, gate), after
+
+    def mix(
+        self,
+        x: Float[Tensor, "b t d"],
+        shared: Float[Tensor, "b t k"],
+        *,
+        mask: Bool[Tensor, "b t"] | None = None,
+        state: Float[Tensor, "b h k v"] | None = None,
+        return_state: bool = False,
+        cu_seqlens: Int[Tensor, " n_plus_1"] | None = None,
+        impl: Impl = "auto",
+    ) -> tuple[Float[Tensor, "b t v"], Float[Tensor, "b h k v"] | None]:
+        """Attend, without output norm, gate and product.
+
+        Args:
+            x: what the values are made of.
+            shared: `z W_s`, before its SiLU.
+            mask: as the other arguments, see `forward`.
+            state: what an earlier call returned.
+            return_state: also return the state.
+            cu_seqlens: document boundaries.
+            impl: implementation of the op.
+
+        Returns:
+            Heads side by side [B, T, V], and the state or None.
+
+        Raises:
+            ValueError: mask together with state, or what the op refuses.
+        """
         if mask is not None and state is not None:
             raise ValueError("mask and state exclude each other: padding cannot stand between a state and its tokens")
-        shared, gate = F.silu(self.from_z(z)).split(self.widths, dim=-1)
-        shared = shared.unsqueeze(2)  # [B, T, 1, K]
+        shared = F.silu(shared).unsqueeze(2)  # [B, T, 1, K]
         q = shared * self.q_gain.to(shared.dtype) + self.q_bias.to(shared.dtype)
         k = shared * self.k_gain.to(shared.dtype) + self.k_bias.to(shared.dtype)
         v = rearrange(F.silu(self.from_x(x)), "b t (h v) -> b t h v", h=self.heads)
@@ -108,9 +141,12 @@ class GatedLinearAttention(nn.Module):
         if self.norm == "sum":
             attended, weights = attended[..., :-1], attended[..., -1:]
             attended = attended / weights.clamp(min=1e-6)
+        return rearrange(attended, "b t h v -> b t (h v)"), after
+
+    def finish(self, attended: Float[Tensor, "b t v"], gate: Float[Tensor, "b t v"]) -> Float[Tensor, "b t d"]:
+        """Norm, gate (before its SiLU) and product: what `mix` gave to width D."""
         if self.norm_gain is not None:
-            attended = F.rms_norm(attended.float(), attended.shape[-1:], eps=1e-6).to(attended.dtype)
-        attended = rearrange(attended, "b t h v -> b t (h v)")
-        if self.norm_gain is not None:
-            attended = attended * self.norm_gain.to(attended.dtype)
-        return self.out(gate * attended), after
+            heads = rearrange(attended, "b t (h v) -> b t h v", h=self.heads)
+            heads = F.rms_norm(heads.float(), heads.shape[-1:], eps=1e-6).to(attended.dtype)
+            attended = rearrange(heads, "b t h v -> b t (h v)") * self.norm_gain.to(attended.dtype)
+        return self.out(F.silu(gate) * attended)

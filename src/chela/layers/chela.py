@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from chela.layers.attention import AttentionNorm, GatedLinearAttention
 from chela.layers.long_kernel import KernelKind
 from chela.layers.short_long_conv import ShortLongConv, ShortLongState
+from chela.ops.gated_output import gated_output
 from chela.ops.impl import Impl
 
 
@@ -134,19 +135,52 @@ class ChelaLayer(nn.Module):
             cu_seqlens=cu_seqlens,
             impl=impl,
         )
-        h, p = self.gates(z).chunk(2, dim=-1)
-        attended = None
-        if self.attention is not None:
-            m, attended = self.attention(
-                x,
-                z,
-                mask=mask,
-                state=before.attention,
-                return_state=return_state,
-                cu_seqlens=cu_seqlens,
-                impl=impl,
-            )
-            h = h + m
         residual = x if residual is None else residual
-        y = residual + torch.sigmoid(p) * (self.dropout(F.silu(h)) - residual)
-        return y, LayerState(convolution, attended) if convolution is not None else None
+        if self.attention is None:
+            h, p = self.gates(z).chunk(2, dim=-1)
+            return self._gate(h, p, residual), _state(convolution, None)
+        # One product makes S, gate, h and p: z is read once, and its gradient comes from one product, too.
+        parts = (self.attention.from_z, self.gates)
+        joint = F.linear(z, torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts]))
+        d_key, d_value = self.attention.widths
+        shared, mixed = joint.split([d_key, d_value + 2 * self.d_model], dim=-1)
+        m, attended = self.attention.mix(
+            x,
+            shared,
+            mask=mask,
+            state=before.attention,
+            return_state=return_state,
+            cu_seqlens=cu_seqlens,
+            impl=impl,
+        )
+        if impl == "triton":  # "auto" will take it, too, once its kernels have been held to float64 on a GPU
+            y = self._gated_output(m, mixed, residual)
+        else:
+            gate, h, p = mixed.split([d_value, self.d_model, self.d_model], dim=-1)
+            y = self._gate(h + self.attention.finish(m, gate), p, residual)
+        return y, _state(convolution, attended)
+
+    def _gate(self, h: Tensor, p: Tensor, residual: Tensor) -> Tensor:
+        return residual + torch.sigmoid(p) * (self.dropout(F.silu(h)) - residual)
+
+    def _gated_output(self, m: Tensor, mixed: Tensor, residual: Tensor) -> Tensor:
+        """Norm, gate and product of the attention and the gate over the residual, in one op."""
+        assert self.attention is not None
+        dropout = self.dropout.p if self.training else 0.0
+        seed = torch.randint(2**62, (), device=m.device) if dropout else None
+        return gated_output(
+            m,
+            mixed,
+            residual,
+            self.attention.out.weight,
+            self.attention.out.bias,
+            gain=self.attention.norm_gain,
+            heads=self.attention.heads,
+            dropout=dropout,
+            seed=seed,
+            impl="triton",
+        )
+
+
+def _state(convolution: ShortLongState | None, attention: Tensor | None) -> LayerState | None:
+    return None if convolution is None else LayerState(convolution, attention)
