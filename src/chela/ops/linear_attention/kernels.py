@@ -220,7 +220,7 @@ def state_sums(
 @jit()
 def scan_states(
     sums, start, log2_decay, cu_seqlens, length, heads, splits, unit,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
     DECAYS: tl.constexpr, PACKED: tl.constexpr, STARTS: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """Turn what each split adds into the state before it (BACKWARD: the state's gradient behind it), in place."""
@@ -233,18 +233,21 @@ def scan_states(
         state += tl.load(start + row.to(tl.int64) * SIZE + place, mask=inside, other=0.0)
     if DECAYS:
         log2_g = tl.load(log2_decay + row % heads)
-    for i in range(splits):
-        if BACKWARD:
-            split = splits - 1 - i
-        else:
-            split = i
-        here = sums + (row.to(tl.int64) * splits + split) * SIZE + place
-        added = tl.load(here, mask=inside & (i < splits - 1), other=0.0)
-        tl.store(here, state, mask=inside)
-        if DECAYS:
-            begin, end = split_span(size, split, splits, unit)
-            state *= power(log2_g, end - begin)
-        state += added
+    for several in range(0, splits, AHEAD):
+        added = ()
+        for j in tl.static_range(AHEAD):  # all on their way before the first is needed
+            i = several + j
+            here = sums + (row.to(tl.int64) * splits + (splits - 1 - i if BACKWARD else i)) * SIZE + place
+            added = added + (tl.load(here, mask=inside & (i < splits - 1), other=0.0),)
+        for j in tl.static_range(AHEAD):
+            i = several + j
+            split = splits - 1 - i if BACKWARD else i
+            here = sums + (row.to(tl.int64) * splits + split) * SIZE + place
+            tl.store(here, state, mask=inside & (i < splits))
+            if DECAYS:
+                begin, end = split_span(size, split, splits, unit)
+                state *= power(log2_g, end - begin)
+            state += added[j]
 
 
 @jit("q")

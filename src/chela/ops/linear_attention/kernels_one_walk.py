@@ -4,6 +4,9 @@ Words as in `kernels_backward`. The walk goes backwards with R, reads each input
 The state S that dq needs is taken from the one saved behind each period, in float32, and each chunk's k^T v is taken
 out of it again on the way. What that rounds away is relative to the largest state within the period, some 1e-7 of
 it: dq feels later tokens of its period by that much.
+
+The order dv, dk, dq is not free: with dq first, the compiler runs out of registers, and the walk takes a fifth longer
+where a row is split.
 """
 
 import triton.language as tl
@@ -71,12 +74,6 @@ def all_gradients(
         if (i == 0) | leaving:
             saved_row = saved + ((slot + period_now) * heads + h) * (K * V)
             minus = -tl.load(saved_row + key * V + value, mask=inside_transposed, other=0.0)
-        minus = tl.dot(tl.trans(v_c), k_c, minus, input_precision="tf32x3")  # [BV, BK]
-        d_scores = tl.dot(g_c, tl.trans(v_c), input_precision="tf32x3")  # [C of t, C of s]
-        d_scores = tl.where(lag >= 0, d_scores, 0.0)
-        acc = -tl.dot(g_c, minus.to(g_c.dtype), input_precision="tf32x3")  # [C, BK]
-        acc = tl.dot(d_scores.to(k_c.dtype), k_c, acc, input_precision="tf32x3")
-        store_tile(dq_row, acc * scale, t, end, heads * K, 0, K, BK, C)
         low = grad.to(g_c.dtype)
         scores = tl.dot(k_c, tl.trans(q_c), input_precision="tf32x3")  # [C of s, C of t]
         scores = tl.where(lag <= 0, scores, 0.0)
@@ -89,6 +86,12 @@ def all_gradients(
         acc = tl.dot(d_scores.to(q_c.dtype), q_c, acc, input_precision="tf32x3")
         grad = tl.dot(tl.trans(q_c), g_c, grad, input_precision="tf32x3")  # [BK, BV]
         store_tile(dk_row, acc * scale, t, end, heads * K, 0, K, BK, C)
+        minus = tl.dot(tl.trans(v_c), k_c, minus, input_precision="tf32x3")  # [BV, BK]
+        d_scores = tl.dot(g_c, tl.trans(v_c), input_precision="tf32x3")  # [C of t, C of s]
+        d_scores = tl.where(lag >= 0, d_scores, 0.0)
+        acc = -tl.dot(g_c, minus.to(g_c.dtype), input_precision="tf32x3")  # [C, BK]
+        acc = tl.dot(d_scores.to(k_c.dtype), k_c, acc, input_precision="tf32x3")
+        store_tile(dq_row, acc * scale, t, end, heads * K, 0, K, BK, C)
     if STARTS:
         if split == 0:
             tl.store(d_start + row.to(tl.int64) * (K * V) + offsets, grad * scale, mask=inside)

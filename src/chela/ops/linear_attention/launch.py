@@ -109,10 +109,10 @@ def split_starts(
         return start
     sums = summed_states(k, v, plan, log2_decay, cu_seqlens, BACKWARD=backward, ALL=False)
     rows, heads, _, key, value = sums.shape
-    block = 512
+    block = 256
     kernels.scan_states[(rows * heads, -(-key * value // block))](
         sums, start, log2_decay, cu_seqlens, k.shape[1], heads, plan.splits, plan.unit,
-        SIZE=key * value, BLOCK=block, DECAYS=log2_decay is not None, PACKED=cu_seqlens is not None,
-        STARTS=start is not None, BACKWARD=backward,
+        SIZE=key * value, BLOCK=block, AHEAD=8, DECAYS=log2_decay is not None, PACKED=cu_seqlens is not None,
+        STARTS=start is not None, BACKWARD=backward, num_warps=2,
     )  # fmt: skip
     return sums
