@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from chela.ops.dropout import scale, threshold
-from chela.ops.feed_forward import kernels, widest
+from chela.ops.feed_forward import kernels, kernels_backward, widest
 from chela.ops.feed_forward.reference import EPS
 
 
@@ -211,7 +211,7 @@ def _backward(
             torch.empty_like(like, dtype=dtype) if write else like for like, write in zip((x, dy), writes, strict=True)
         )
         tile = on.plan.row_gradients
-        _grid(kernels.row_gradients, on.tiles(tile))(
+        _grid(kernels_backward.row_gradients, on.tiles(tile))(
             dx, xh, dz, dy, x, *on.weights, on.drops[0], on.rows, *on.drops[1:],
             OWN=own, STAY=on.stays, WRITE_XH=writes[0], WRITE_DZ=writes[1], **on.norm, **on.sizes(tile),
         )  # fmt: skip
@@ -219,12 +219,12 @@ def _backward(
         slices = on.padded // tile.hidden
         splits = min(-(-on.rows // tile.rows), max(on.programs // slices, 1))
         parts = x.new_empty(splits, (2 * on.padded + 1) * on.block + on.padded, dtype=torch.float32)
-        _grid(kernels.weight_gradients, slices, splits)(
+        _grid(kernels_backward.weight_gradients, slices, splits)(
             parts, xh, dz, *on.weights, on.drops[0], on.rows, splits, *on.drops[1:], **on.sizes(tile)
         )
         # One gain for all channels has the sum of theirs as its gradient.
         gains = dgain.new_empty(on.d, dtype=torch.float32) if norm == "scale" else dgain
-        _grid(kernels.sum_parts, on.d)(
+        _grid(kernels_backward.sum_parts, on.d)(
             dw1, db1, dw2, db2, gains, dshift, parts, w1.contiguous(), _dense(gain), _dense(shift), splits,
             D=on.d, F=on.f, PADDED=on.padded, BLOCK_D=on.block,
             BLOCK_F=_power(on.f), BLOCK_S=max(SUM // _power(on.f), 1), **on.gains,

@@ -1,18 +1,15 @@
-"""The feed-forward part in Triton: everything that is F wide stays on chip.
+"""The feed-forward part in Triton, forward, and what its backward kernels share: everything F wide stays on chip.
 
 Rows are positions, [ROWS, D]; F is the hidden width. Weights come folded (`fold`): the norm's gain and shift belong to
 the first product, both matrices are [F, D], in the type the products take, padded with zeros to F a multiple of
-BLOCK_F and D = BLOCK_D. A hat marks rows after the norm, before gain and shift.
+BLOCK_F and D = BLOCK_D. xh are the rows after the norm, before gain and shift.
 
     xh = (x - mean) rstd                    w1 = W1 gain,  b1 = b1 + W1 shift
     h = xh w1' + b1     a = m1 silu(h)      y = residual + m2 (a w2 + b2)        m1, m2: dropout's masks, scaled
-    dz = m2 dy          da = dz w2'         dh = m1 da silu'(h)       dxh = dh w1
-    dx = rstd (dxh - mean(dxh) - xh mean(dxh xh)) [+ dy]              without the first mean if the norm is not centred
-    G = xh' dh,  dW2 = dz' a                dW1 = gain G' + db1 shift'      dgain = sum_f W1 G'      dshift = W1' db1
 
-One kernel gives dx, xh and dz, and one the weights' gradients from the latter two: it walks with a slice of F over a
-share of the rows and keeps its part of G and dW2 in registers. Both recompute h and da, which costs less than the
-memory traffic of anything F wide. Sums are float32; what enters a product is rounded to the products' type.
+Sums are float32; what enters a product is rounded to the products' type. A program walks over tiles of rows. Weights
+that fit stay in shared memory meanwhile; otherwise there is a program for each tile, and they pass through slice by
+slice.
 """
 
 import triton
@@ -57,14 +54,14 @@ def fold(
 
 
 @triton.jit
-def _sigmoid(x):
+def sigmoid(x):
     """A square of an inverse root instead of a quotient: twelve instructions become five, and nothing overflows."""
     root = tl.rsqrt(1 + tl.exp2(x * -1.4426950408889634))
     return root * root
 
 
 @triton.jit
-def _normalise(x, inside, EPS: tl.constexpr, NORM: tl.constexpr, D: tl.constexpr):
+def normalise(x, inside, EPS: tl.constexpr, NORM: tl.constexpr, D: tl.constexpr):
     """Rows after the norm and what they were multiplied by; x [M, BLOCK_D] float32, zero where not `inside`."""
     rstd = tl.full([x.shape[0]], 1.0, tl.float32)
     if NORM == "layer":
@@ -78,7 +75,7 @@ def _normalise(x, inside, EPS: tl.constexpr, NORM: tl.constexpr, D: tl.constexpr
 
 
 @triton.jit
-def _dropped(x, seed_ptr, row, first, threshold, scale, STREAM: tl.constexpr, DROP: tl.constexpr):
+def dropped(x, seed_ptr, row, first, threshold, scale, STREAM: tl.constexpr, DROP: tl.constexpr):
     """A tile [M, N] whose first column is `first` with some entries zero and the others scaled."""
     if DROP:
         kept = keep(tl.load(seed_ptr), row, first, threshold, STREAM, x.shape[1])
@@ -87,23 +84,23 @@ def _dropped(x, seed_ptr, row, first, threshold, scale, STREAM: tl.constexpr, DR
 
 
 @triton.jit
-def _slice(w1_ptr, w2_ptr, first, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr):
+def slice_of(w1_ptr, w2_ptr, first, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr):
     """Both weights of a slice of F, [BLOCK_F, BLOCK_D]."""
     at = (first + tl.arange(0, BLOCK_F))[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     return tl.load(w1_ptr + at), tl.load(w2_ptr + at)
 
 
 @triton.jit
-def _slices(w1_ptr, w2_ptr, F: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr):
+def all_slices(w1_ptr, w2_ptr, F: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr):
     """All slices, which stay in shared memory for as long as the program runs."""
     slices = ()
     for n in tl.static_range(F // BLOCK_F):
-        slices = slices + (_slice(w1_ptr, w2_ptr, n * BLOCK_F, BLOCK_F, BLOCK_D),)
+        slices = slices + (slice_of(w1_ptr, w2_ptr, n * BLOCK_F, BLOCK_F, BLOCK_D),)
     return slices
 
 
 @triton.jit
-def _rows_of(tile, rows, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, D: tl.constexpr):
+def rows_of(tile, rows, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, D: tl.constexpr):
     """Numbers of a tile's rows [BLOCK_M], and where its entries are and whether, [BLOCK_M, BLOCK_D]."""
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
@@ -116,7 +113,7 @@ def _forward_slice(acc, xh, weights, b1_ptr, seed_ptr, row, first, threshold, sc
     w1, w2 = weights
     b1 = tl.load(b1_ptr + first + tl.arange(0, w1.shape[0]))
     h = tl.dot(xh, tl.trans(w1), input_precision="tf32x3") + b1[None, :]
-    a = _dropped(h * _sigmoid(h), seed_ptr, row, first, threshold, scale, 0, DROP)
+    a = dropped(h * sigmoid(h), seed_ptr, row, first, threshold, scale, 0, DROP)
     return tl.dot(a.to(w2.dtype), w2, acc, input_precision="tf32x3")
 
 
@@ -149,15 +146,15 @@ def forward(
     dtype = w1_ptr.dtype.element_ty
     b2 = tl.load(b2_ptr + d, mask=d < D, other=0.0).to(tl.float32)
     if STAY:
-        slices = _slices(w1_ptr, w2_ptr, F, BLOCK_F, BLOCK_D)
+        slices = all_slices(w1_ptr, w2_ptr, F, BLOCK_F, BLOCK_D)
     tile = tl.program_id(0)
-    row, at, inside = _rows_of(tile, rows, BLOCK_M, BLOCK_D, D)
-    xh, _ = _normalise(tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32), inside, EPS, NORM, D)
+    row, at, inside = rows_of(tile, rows, BLOCK_M, BLOCK_D, D)
+    xh, _ = normalise(tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32), inside, EPS, NORM, D)
     xh = xh.to(dtype)
     # A tile is loaded while the one before it is computed.
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0), num_stages=1):
-        row, at, inside = _rows_of(tile, rows, BLOCK_M, BLOCK_D, D)
-        _, next_at, next_inside = _rows_of(tile + tl.num_programs(0), rows, BLOCK_M, BLOCK_D, D)
+        row, at, inside = rows_of(tile, rows, BLOCK_M, BLOCK_D, D)
+        _, next_at, next_inside = rows_of(tile + tl.num_programs(0), rows, BLOCK_M, BLOCK_D, D)
         next_x = tl.load(x_ptr + next_at, mask=next_inside, other=0.0)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         if STAY:
@@ -165,201 +162,10 @@ def forward(
                 acc = _forward_slice(acc, xh, slices[n], b1_ptr, seed_ptr, row, n * BLOCK_F, threshold, scale, DROP)
         else:
             for first in tl.range(0, F, BLOCK_F, num_stages=STAGES):
-                weights = _slice(w1_ptr, w2_ptr, first, BLOCK_F, BLOCK_D)
+                weights = slice_of(w1_ptr, w2_ptr, first, BLOCK_F, BLOCK_D)
                 acc = _forward_slice(acc, xh, weights, b1_ptr, seed_ptr, row, first, threshold, scale, DROP)
-        acc = _dropped(acc + b2[None, :], seed_ptr, row, 0, threshold, scale, 1, DROP)
+        acc = dropped(acc + b2[None, :], seed_ptr, row, 0, threshold, scale, 1, DROP)
         residual = tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(out_ptr + at, (residual + acc).to(out_ptr.dtype.element_ty), mask=inside)
-        xh, _ = _normalise(next_x.to(tl.float32), next_inside, EPS, NORM, D)
+        xh, _ = normalise(next_x.to(tl.float32), next_inside, EPS, NORM, D)
         xh = xh.to(dtype)
-
-
-@triton.jit
-def _hidden(xh, dz, weights, b1_ptr, seed_ptr, row, first, threshold, scale, DROP: tl.constexpr):
-    """Dh and a [M, BLOCK_F] from rows [M, BLOCK_D] and a slice of the weights."""
-    w1, w2 = weights
-    b1 = tl.load(b1_ptr + first + tl.arange(0, w1.shape[0]))
-    h = tl.dot(xh, tl.trans(w1), input_precision="tf32x3") + b1[None, :]
-    da = tl.dot(dz, tl.trans(w2), input_precision="tf32x3")
-    gate = _sigmoid(h)
-    a = h * gate
-    slope = gate + a * (1 - gate)
-    if DROP:
-        factor = tl.where(keep(tl.load(seed_ptr), row, first, threshold, 0, h.shape[1]), scale, 0.0)
-        a *= factor
-        slope *= factor
-    return da * slope, a
-
-
-@triton.jit(do_not_specialize=["rows", "threshold"])
-def row_gradients(
-    dx_ptr,  # [ROWS, D]
-    xh_ptr,  # [ROWS, D] for the weights' gradients, in the products' type; x itself if it is not written
-    dz_ptr,  # [ROWS, D], likewise; dy itself
-    dy_ptr,  # [ROWS, D]
-    x_ptr,  # [ROWS, D]
-    w1_ptr,  # folded
-    b1_ptr,  # folded
-    w2_ptr,  # folded
-    seed_ptr,  # []
-    rows,
-    threshold,
-    scale,
-    D: tl.constexpr,
-    F: tl.constexpr,
-    NORM: tl.constexpr,
-    EPS: tl.constexpr,
-    DROP: tl.constexpr,
-    OWN: tl.constexpr,  # x is the residual as well
-    STAY: tl.constexpr,  # the weights stay in shared memory
-    WRITE_XH: tl.constexpr,
-    WRITE_DZ: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Gradients of every so-manieth tile of BLOCK_M rows of x."""
-    if STAY:
-        slices = _slices(w1_ptr, w2_ptr, F, BLOCK_F, BLOCK_D)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0), num_stages=1):
-        row, at, inside = _rows_of(tile, rows, BLOCK_M, BLOCK_D, D)
-        if WRITE_XH:
-            x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            xh, rstd = _normalise(x, inside, EPS, NORM, D)
-            tl.store(xh_ptr + at, xh.to(xh_ptr.dtype.element_ty), mask=inside)
-        if WRITE_DZ:
-            dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            dz = _dropped(dy, seed_ptr, row, 0, threshold, scale, 1, DROP)
-            tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=inside)
-        tl.debug_barrier()  # what is loaded goes to matrix units through shared memory, what is computed does not
-        xh_tile = tl.load(xh_ptr + at, mask=inside, other=0.0)
-        dz_tile = tl.load(dz_ptr + at, mask=inside, other=0.0)
-        dxh = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        if STAY:
-            for n in tl.static_range(F // BLOCK_F):
-                first = n * BLOCK_F
-                dh, _ = _hidden(xh_tile, dz_tile, slices[n], b1_ptr, seed_ptr, row, first, threshold, scale, DROP)
-                dxh = tl.dot(dh.to(xh_tile.dtype), slices[n][0], dxh, input_precision="tf32x3")
-        else:
-            for first in tl.range(0, F, BLOCK_F, num_stages=STAGES):
-                weights = _slice(w1_ptr, w2_ptr, first, BLOCK_F, BLOCK_D)
-                dh, _ = _hidden(xh_tile, dz_tile, weights, b1_ptr, seed_ptr, row, first, threshold, scale, DROP)
-                dxh = tl.dot(dh.to(xh_tile.dtype), weights[0], dxh, input_precision="tf32x3")
-        dx = dxh
-        if NORM != "none":
-            xh = tl.load(xh_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            dx -= xh * (tl.sum(dxh * xh, axis=1) / D)[:, None]
-            if NORM == "layer":
-                dx -= (tl.sum(dxh, axis=1) / D)[:, None]
-            dx *= rstd[:, None]
-        if OWN:
-            dx += tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["rows", "threshold", "splits"])
-def weight_gradients(
-    parts_ptr,  # [splits, SIZE] float32: this split's G [BLOCK_D, F], dW2 [BLOCK_D, F], db1 [F], db2 [BLOCK_D]
-    xh_ptr,  # [ROWS, D]
-    dz_ptr,  # [ROWS, D]
-    w1_ptr,  # folded
-    b1_ptr,  # folded
-    w2_ptr,  # folded
-    seed_ptr,  # []
-    rows,
-    splits,
-    threshold,
-    scale,
-    D: tl.constexpr,
-    F: tl.constexpr,
-    DROP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Gradients of a slice of F, summed over every `splits`-th tile of rows."""
-    first = tl.program_id(0) * BLOCK_F
-    split = tl.program_id(1)
-    weights = _slice(w1_ptr, w2_ptr, first, BLOCK_F, BLOCK_D)
-    g = tl.zeros([BLOCK_D, BLOCK_F], tl.float32)
-    dw2 = tl.zeros([BLOCK_D, BLOCK_F], tl.float32)
-    # Of db1 and db2 a thread keeps what its own rows add; threads meet after the loop.
-    db1 = tl.zeros([BLOCK_M // 16, 8, BLOCK_F], tl.float32)
-    db2 = tl.zeros([16, BLOCK_D], tl.float32)
-    for tile in tl.range(split, tl.cdiv(rows, BLOCK_M), splits, num_stages=STAGES):
-        row, at, inside = _rows_of(tile, rows, BLOCK_M, BLOCK_D, D)
-        xh = tl.load(xh_ptr + at, mask=inside, other=0.0)
-        dz = tl.load(dz_ptr + at, mask=inside, other=0.0)
-        if first == 0:
-            db2 += tl.sum(tl.reshape(dz.to(tl.float32), [BLOCK_M // 16, 16, BLOCK_D]), axis=0)
-        dh, a = _hidden(xh, dz, weights, b1_ptr, seed_ptr, row, first, threshold, scale, DROP)
-        # Rows beyond the end have dz = 0 and so dh = 0.
-        db1 += tl.sum(tl.reshape(dh, [BLOCK_M // 16, 2, 8, BLOCK_F]), axis=1)
-        g = tl.dot(tl.trans(xh), dh.to(xh.dtype), g, input_precision="tf32x3")
-        dw2 = tl.dot(tl.trans(dz), a.to(dz.dtype), dw2, input_precision="tf32x3")
-    f, d = first + tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_D)
-    SIZE: tl.constexpr = 2 * BLOCK_D * F + F + BLOCK_D
-    part = parts_ptr + split.to(tl.int64) * SIZE
-    tl.store(part + d[:, None] * F + f[None, :], g)
-    tl.store(part + BLOCK_D * F + d[:, None] * F + f[None, :], dw2)
-    tl.store(part + 2 * BLOCK_D * F + f, tl.sum(tl.sum(db1, axis=0), axis=0))
-    if first == 0:
-        tl.store(part + 2 * BLOCK_D * F + F + d, tl.sum(db2, axis=0))
-
-
-@triton.jit(do_not_specialize=["splits"])
-def sum_parts(
-    dw1_ptr,  # [F, D]
-    db1_ptr,  # [F]
-    dw2_ptr,  # [D, F]
-    db2_ptr,  # [D]
-    dgain_ptr,  # [D]
-    dshift_ptr,  # [D]
-    parts_ptr,  # as `weight_gradients` left them, F padded
-    w1_ptr,  # [F, D]
-    gain_ptr,  # [D], or [1] and GAIN_STEP = 0
-    shift_ptr,  # [D]
-    splits,
-    D: tl.constexpr,
-    F: tl.constexpr,
-    PADDED: tl.constexpr,
-    GAIN: tl.constexpr,
-    GAIN_STEP: tl.constexpr,
-    SHIFT: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-):
-    """Gradients of everything that belongs to one column d of D, summed over the splits always in the same order."""
-    d = tl.program_id(0)
-    f = tl.arange(0, BLOCK_F)
-    SIZE: tl.constexpr = 2 * BLOCK_D * PADDED + PADDED + BLOCK_D
-    g = tl.zeros([BLOCK_S, BLOCK_F], tl.float32)
-    dw2 = tl.zeros([BLOCK_S, BLOCK_F], tl.float32)
-    db1 = tl.zeros([BLOCK_S, BLOCK_F], tl.float32)
-    db2 = tl.zeros([BLOCK_S], tl.float32)
-    for first in range(0, splits, BLOCK_S):
-        split = first + tl.arange(0, BLOCK_S)
-        there = (split < splits)[:, None] & (f < F)[None, :]
-        part = parts_ptr + split.to(tl.int64) * SIZE
-        at = part[:, None] + f[None, :]
-        g += tl.load(at + d * PADDED, mask=there, other=0.0)
-        dw2 += tl.load(at + (BLOCK_D + d) * PADDED, mask=there, other=0.0)
-        db1 += tl.load(at + 2 * BLOCK_D * PADDED, mask=there, other=0.0)
-        db2 += tl.load(part + (2 * BLOCK_D + 1) * PADDED + d, mask=split < splits, other=0.0)
-    g, dw2, db1, db2 = tl.sum(g, axis=0), tl.sum(dw2, axis=0), tl.sum(db1, axis=0), tl.sum(db2, axis=0)
-    tl.store(dw2_ptr + d * F + f, dw2.to(dw2_ptr.dtype.element_ty), mask=f < F)
-    tl.store(db2_ptr + d, db2.to(db2_ptr.dtype.element_ty))
-    if d == 0:
-        tl.store(db1_ptr + f, db1.to(db1_ptr.dtype.element_ty), mask=f < F)
-    dw1 = g
-    if GAIN:
-        w1 = tl.load(w1_ptr + f * D + d, mask=f < F, other=0.0).to(tl.float32)
-        dw1 *= tl.load(gain_ptr + d * GAIN_STEP).to(tl.float32)
-        tl.store(dgain_ptr + d, tl.sum(w1 * g, axis=0))
-        if SHIFT:
-            dw1 += db1 * tl.load(shift_ptr + d).to(tl.float32)
-            tl.store(dshift_ptr + d, tl.sum(w1 * db1, axis=0).to(dshift_ptr.dtype.element_ty))
-    tl.store(dw1_ptr + f * D + d, dw1.to(dw1_ptr.dtype.element_ty), mask=f < F)
