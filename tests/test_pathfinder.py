@@ -26,7 +26,7 @@ from chela.config import DataConfig
 from chela.data import load_task
 
 if __name__ == "__main__":
-    load_task(DataConfig(task="pathfinder", root=Path({root!r}), examples=32768))
+    load_task(DataConfig(task="pathfinder", root=Path({root!r}), examples=12288))
 """
 TINY = DataConfig(task="pathfinder", examples=64)
 
@@ -118,15 +118,15 @@ def test_a_killed_preparation_goes_on(tmp_path):
     process.wait()
     assert part
     before = part.stat().st_size
-    assert 8 << 20 < before < 32 << 20
+    assert 8 << 20 < before < 12 << 20
     kept = np.fromfile(part, dtype=np.uint8, count=8 << 20)
     found = scenes(PATHFINDER, seed=0, split=0, indices=np.arange(4))
     assert np.array_equal(kept[128 : 128 + 4096], found.pixels.ravel())
     again = subprocess.run([sys.executable, str(script)], check=False)
     assert again.returncode == 0
     rows = np.load(next(tmp_path.glob("prepared/pathfinder-train-*/rows.npy")), mmap_mode="r")
-    assert rows.shape == (32_768, 1024)
-    last = scenes(PATHFINDER, seed=0, split=0, indices=np.arange(32_764, 32_768))
+    assert rows.shape == (12_288, 1024)
+    last = scenes(PATHFINDER, seed=0, split=0, indices=np.arange(12_284, 12_288))
     assert np.array_equal(rows[-4:], last.pixels.reshape(4, -1))
 
 
