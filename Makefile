@@ -56,7 +56,7 @@ $(VENV)/.runtime: $(VENV)/.pip $(PINS)
 
 $(VENV)/.dev: $(VENV)/.pip $(PINS)
 	@echo "installing chela and its development tools (torch and triton are the large parts)"
-	@$(INSTALL) --editable '.[plot,data]' --group dev
+	@$(INSTALL) --editable '.[plot,data,hf]' --group dev
 	@touch $@ $(VENV)/.runtime
 
 $(VENV)/.docs: $(VENV)/.pip $(PINS)
