@@ -8,7 +8,7 @@ import pytest
 from chela.data import pathfinder_dashes, pathfinder_pictures
 from chela.data.counter import below, child
 from chela.data.pathfinder_dashes import PATH_X, PATHFINDER, Dashes
-from chela.data.pathfinder_ground import Ground, Maps
+from chela.data.pathfinder_ground import Ground, Maps, ground_of
 from chela.data.pathfinder_images import labels_of, scenes
 from chela.data.pathfinder_paths import _attempt
 from chela.data.pathfinder_pictures import FINE, dilate, disc, lanczos, line
@@ -105,6 +105,35 @@ def test_every_rounding_is_clear_of_its_edge(monkeypatch):
     from_edge = np.abs(np.array(seen) - np.floor(seen) - 0.5)
     last_bits = np.maximum(np.abs(seen), 2**20) * 2.0**-50  # eight units in the last place
     assert (from_edge > last_bits).all()
+
+
+class Shaky:
+    """Python's `math` whose sines, cosines and angles are a few last bits off."""
+
+    def __init__(self):
+        self.draws = np.random.default_rng(0)
+
+    def __getattr__(self, name):
+        exact = getattr(math, name)
+        if name not in ("sin", "cos", "atan2"):
+            return exact
+        return lambda *x: exact(*x) * (1 + int(self.draws.integers(-3, 4)) * 2.0**-53)
+
+
+def test_a_mathematical_library_that_is_a_little_off_gives_the_same_images(monkeypatch):
+    before = drawn(PATHFINDER, 64), drawn(VARIANT, 4)
+    caches = (lanczos, disc, ground_of)
+    for cache in caches:
+        cache.cache_clear()
+    for module in (pathfinder_dashes, pathfinder_pictures):
+        monkeypatch.setattr(module, "math", Shaky())
+    try:
+        after = drawn(PATHFINDER, 64), drawn(VARIANT, 4)
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+    for ours, theirs in zip(before, after, strict=True):
+        assert np.array_equal(ours.pixels, theirs.pixels)
 
 
 # Images

@@ -3,7 +3,6 @@
 Many paths grow side by side, each on a map of its own, the maps laid end to end: a point is its place in that array.
 """
 
-import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -65,7 +64,9 @@ class Ground:
         """From a pivot to the heads that are possible."""
         self.ahead = tables.flat(tables.moved(rules.length + 2 * margin))
         """From a dash's pivot to the next one's."""
-        self.leaning = np.array([1 if a == math.pi else 2 if abs(a) == math.pi / 2 else 0 for a in tables.angles])
+        lean = {(True, False): 1, (False, True): 2}  # straight left; straight up or down
+        self.leaning = np.array([0] * 360 + [lean.get((y == 0 and x < 0, x == 0), 0) for y, x in tables.turns])
+        self.leaning[[90, 270]] = 2  # degrees -90 and 90
         self.drift = self.drifts()
         self.ring, self.weights = tables.flat(tables.ring), tables.weights
         self.bodies = [[y * self.side + x for y, x in body] for body in tables.bodies]
