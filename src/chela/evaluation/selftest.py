@@ -15,12 +15,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from chela.ops import linear_attention, linear_attention_step, long_conv, short_conv
+from chela.ops.gated_output import gated_output
 from chela.ops.impl import WITH_TRITON, Impl
 from chela.ops.linear_attention.reference import bidirectional, chunked
 from chela.ops.long_conv.fourier import fft_conv
 from chela.ops.long_conv.reference import direct
 from chela.ops.short_conv.reference import taps
-from chela.ops.testing import check_op, linear_attention_inputs, long_conv_inputs, short_conv_inputs
+from chela.ops.testing import (
+    check_op,
+    gated_output_inputs,
+    linear_attention_inputs,
+    long_conv_inputs,
+    short_conv_inputs,
+)
 
 Inputs = dict[str, Tensor]
 Outputs = tuple[Tensor | None, ...]
@@ -102,6 +109,28 @@ def _long(*sizes: int) -> Case:
     )
 
 
+def _gated(rows: int, d: int, v: int) -> Case:
+    def run(
+        m: Tensor,
+        mixed: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        gain: Tensor,
+        impl: Impl = "reference",
+    ) -> Outputs:
+        seed = torch.tensor(5, device=m.device)
+        return (gated_output(m, mixed, residual, weight, bias, gain=gain, dropout=0.1, seed=seed, impl=impl),)
+
+    return Case(
+        "gated_output",
+        f"norm, dropout, {_shape('NDV', (rows, d, v))}",
+        lambda dtype, device: gated_output_inputs(rows, d=d, v=v, dtype=dtype, device=device),
+        run,
+        run,
+    )
+
+
 def _shape(axes: str, sizes: tuple[int, ...]) -> str:
     return " ".join(f"{axis}{size}" for axis, size in zip(axes, sizes, strict=True))
 
@@ -114,6 +143,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         _attention_step(2, 3, 24, 40),
         _short(2, 193, 24, 4),
         _long(2, 193, 24, 193),
+        _gated(193, 24, 40),
     ),
     "cuda": (
         _attention("causal", 2, 1000, 3, 64, 64, state=True),
@@ -125,6 +155,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         _short(2, 4099, 128, 4),
         _long(2, 1000, 24, 1000),
         _long(1, 4099, 24, 4099),
+        _gated(4099, 128, 256),
     ),
 }
 """For each kind of device. On a GPU: few rows that are long, which are split over the multiprocessors, and others."""

@@ -153,6 +153,37 @@ def feed_forward_inputs(
     return inputs
 
 
+def gated_output_inputs(
+    *rows: int,
+    d: int,
+    v: int,
+    bias: bool = True,
+    gain: bool = True,
+    residual_dtype: torch.dtype | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> dict[str, Any]:
+    """Draw m [*rows, V], mixed [*rows, V + 2D], residual [*rows, D], weight [D, V], asked for, bias [D] and gain [V].
+
+    `options` are those of `draw`, for the first three; the others are contiguous, float32 (float64 for float64).
+    """
+    device, wide = _device_and_wide(options)
+    parameter = {"dtype": wide, "device": device}
+    inputs: dict[str, Any] = {
+        "m": draw(*rows, v, seed=seed, **options),
+        "mixed": draw(*rows, v + 2 * d, seed=seed + 1, **options),
+        "residual": draw(*rows, d, seed=seed + 2, **options),
+        "weight": draw(d, v, seed=seed + 3, **parameter) * v**-0.5,
+    }
+    if bias:
+        inputs["bias"] = draw(d, seed=seed + 4, **parameter) * 0.3
+    if gain:
+        inputs["gain"] = 1 + 0.3 * draw(v, seed=seed + 5, **parameter)
+    if residual_dtype:
+        inputs["residual"] = inputs["residual"].to(residual_dtype)
+    return inputs
+
+
 def values_and_gradients(
     op: Callable[..., Tensor | tuple[Tensor | None, ...]],
     inputs: dict[str, Tensor],
