@@ -52,9 +52,9 @@ SIGNATURES = {
 OPTIONS = {
     "train": (
         "--seed --out"
-        " --model.kind --model.inputs --model.vocab --model.channels --model.classes --model.layers --model.d-model"
-        " --model.d-ff --model.d-key --model.d-value --model.heads --model.causal --model.short-width"
-        " --model.kernel-length --model.kernel --model.taps-per-octave --model.branches --model.branch-norm"
+        " --model.kind --model.inputs --model.vocab --model.channels --model.classes --model.layers"
+        " --model.mixer --model.d-model --model.d-ff --model.d-key --model.d-value --model.heads --model.causal"
+        " --model.short-width --model.kernel-length --model.kernel --model.taps-per-octave --model.branches --model.branch-norm"
         " --model.squash --model.tap-dropout --model.attention --model.attention-norm --model.decay --model.norm"
         " --model.prenorm --model.dropout --model.pooling --model.merged"
         " --data.task --data.root --data.encoding --data.rate --data.max-length --data.min-length --data.examples"

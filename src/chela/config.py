@@ -32,6 +32,9 @@ class ModelConfig:
     """Number of classes (classifier, two-tower)."""
     layers: int = 6
     """Number of blocks."""
+    mixer: Literal["chela", "transformer", "gla"] = "chela"
+    """CHELA's blocks, or a baseline's (language models alone): softmax attention with rotary positions, or gated linear
+    attention of flash-linear-attention, each with SwiGLU; they read layers, d-model, d-ff, heads, norm and dropout."""
     d_model: int = 128
     """Width D of the residual stream."""
     d_ff: int = 256
@@ -95,6 +98,13 @@ class ModelConfig:
             self.kind != "causal-lm" or self.norm != "batch",
             "batch norm looks across positions: for a language model take model.norm layer, rms or scale",
         )
+        if self.mixer != "chela":
+            _require(self.kind == "causal-lm", f"model.mixer {self.mixer} is for model.kind causal-lm alone")
+            _require(self.prenorm, f"model.mixer {self.mixer} has its norms in front: set model.prenorm true")
+            _require(
+                self.d_model % (2 * self.heads) == 0,
+                f"model.d_model {self.d_model} must be a multiple of twice model.heads {self.heads}",
+            )
         _require(self.causal or not self.decay, "model.decay needs model.causal true")
         _require(
             self.attention or self.kernel_length > 0 or self.short_width > 0,

@@ -1,13 +1,18 @@
 """The stack of blocks between an embedding and a head."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from chela.config import ModelConfig
-from chela.layers import ChelaBlock, ChelaLayer, ShortLongConv
+from chela.layers import LayerState, ShortLongConv
 from chela.layers.norms import make_norm
+from chela.models.blocks import make_block
 from chela.models.state import ChelaState
+from chela.models.transformer import KeyValues
 from chela.ops.impl import Impl
 
 
@@ -51,35 +56,10 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = Embedding(config)
-        self.blocks = nn.ModuleList(
-            ChelaBlock(
-                ChelaLayer(
-                    config.d_model,
-                    kernel_length=config.kernel_length,
-                    d_key=config.d_key,
-                    d_value=config.d_value,
-                    heads=config.heads,
-                    causal=config.causal,
-                    attention=config.attention,
-                    attention_norm=config.attention_norm,
-                    decay=config.decay,
-                    short_width=config.short_width,
-                    kernel=config.kernel,
-                    taps_per_octave=config.taps_per_octave,
-                    branches=config.branches,
-                    branch_norm=config.branch_norm,
-                    squash=config.squash,
-                    tap_dropout=config.tap_dropout,
-                    dropout=config.dropout,
-                ),
-                d_ff=config.d_ff,
-                norm=config.norm,
-                prenorm=config.prenorm,
-                dropout=config.dropout,
-            )
-            for _ in range(config.layers)
-        )
+        self.blocks = nn.ModuleList(make_block(config) for _ in range(config.layers))
         self.last_norm = make_norm(config.norm, config.d_model) if config.prenorm else None
+        self.checkpoint_blocks = False
+        """While training, keep each block's input alone and compute the block again for its gradient."""
 
     def forward(
         self,
@@ -99,9 +79,10 @@ class Backbone(nn.Module):
         if state is not None and len(state.layers) != len(self.blocks):
             raise ValueError(f"the state has {len(state.layers)} layers, the model {len(self.blocks)}")
         x = self.embedding(inputs)
-        after = []
+        after: list[Any] = []
         for index, block in enumerate(self.blocks):
-            x, layer_state = block(
+            x, layer_state = self._run(
+                block,
                 x,
                 mask=mask,
                 state=state.layers[index] if state else None,
@@ -113,6 +94,13 @@ class Backbone(nn.Module):
         if self.last_norm is not None:
             x = self.last_norm(x, mask)
         return x, ChelaState(tuple(after)) if return_state else None
+
+    def _run(self, block: nn.Module, x: Tensor, **options: Any) -> tuple[Tensor, LayerState | KeyValues | None]:
+        if self.checkpoint_blocks and self.training and torch.is_grad_enabled():
+            # a CUDA graph cannot set a generator back, so nothing is set back where nothing is drawn
+            drawn = self.config.dropout > 0 or self.config.tap_dropout > 0
+            return checkpoint(block, x, use_reentrant=False, preserve_rng_state=drawn, **options)
+        return block(x, **options)
 
 
 def merge(model: nn.Module) -> None:

@@ -7,9 +7,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from chela.config import ModelConfig
-from chela.layers import ChelaBlock
+from chela.layers import ChelaBlock, LayerState
 from chela.models.backbone import Backbone, merge
+from chela.models.chunked_loss import chunked_cross_entropy
 from chela.models.state import ChelaState
+from chela.models.transformer import KeyValues, initialise, with_room
 from chela.ops.impl import Impl
 
 
@@ -27,6 +29,8 @@ class CausalLM(nn.Module):
         self.config = config
         self.backbone = Backbone(config)
         self.head = nn.Linear(config.d_model, config.vocab)
+        if config.mixer != "chela":
+            initialise(self, config.layers)
 
     def forward(
         self,
@@ -49,6 +53,39 @@ class CausalLM(nn.Module):
         """
         x, _ = self.backbone(tokens, mask=mask, cu_seqlens=cu_seqlens, impl=impl)
         return self.head(x)
+
+    def loss(
+        self,
+        tokens: Int[Tensor, "b t"],
+        labels: Int[Tensor, "b t"],
+        mask: Bool[Tensor, "b t"] | None = None,
+        cu_seqlens: Int[Tensor, " n_plus_1"] | None = None,
+        *,
+        state: ChelaState | None = None,
+        return_state: bool = False,
+        impl: Impl = "auto",
+    ) -> tuple[Float[Tensor, ""], Int[Tensor, ""], ChelaState | None]:
+        """Sum of the cross-entropy in nats and number of hits over a batch, without its logits in memory.
+
+        Args:
+            tokens: int64 [B, T].
+            labels: the token after each position, int64 [B, T]; -100 where there is none.
+            mask: True at real tokens.
+            cu_seqlens: int32 [N+1], document boundaries of a packed batch (B = 1).
+            state: what an earlier piece returned; its gradient is cut if it was detached.
+            return_state: also return the state after the last position.
+            impl: implementation of the ops.
+
+        Returns:
+            Loss and hits (see `chunked_cross_entropy`) and the state, or None.
+
+        Raises:
+            ValueError: wrong inputs, or mask together with state.
+        """
+        x, after = self.backbone(
+            tokens, mask=mask, state=state, return_state=return_state, cu_seqlens=cu_seqlens, impl=impl
+        )
+        return *chunked_cross_entropy(x, self.head.weight, self.head.bias, labels), after
 
     def prefill(
         self,
@@ -99,15 +136,19 @@ class CausalLM(nn.Module):
         """Make a state ready for many steps, whose cost then hardly grows with the context; for a merged model.
 
         The numbers stay the same to rounding. Reading more than one token on such a state is fine and gives a plain
-        one. No gradients flow through it: step under `torch.no_grad()` or `torch.inference_mode()`.
+        one. No gradients flow through it: step under `torch.no_grad()` or `torch.inference_mode()`. A Transformer's
+        cost grows with the context all the same; its keys and values are then written in place.
 
         Raises:
             ValueError: the model is not merged, or the state is of another model.
         """
         if len(state.layers) != len(self.backbone.blocks):
             raise ValueError(f"the state has {len(state.layers)} layers, the model {len(self.backbone.blocks)}")
-        layers = []
+        layers: list[LayerState | KeyValues] = []
         for block, layer in zip(self.backbone.blocks, state.layers, strict=True):
+            if isinstance(layer, KeyValues):
+                layers.append(with_room(layer))
+                continue
             assert isinstance(block, ChelaBlock)
             layers.append(layer._replace(convolution=block.layer.convolution.online(layer.convolution)))
         return ChelaState(tuple(layers))

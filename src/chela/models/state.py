@@ -1,12 +1,14 @@
 """The explicit state of a causal model between two pieces of a sequence."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from chela.layers import LayerState, ShortLongState
+from chela.layers import LayerState
+from chela.models.transformer import KeyValues
 from chela.ops.long_conv.online import OnlineState
 
 
@@ -14,31 +16,22 @@ from chela.ops.long_conv.online import OnlineState
 class ChelaState:
     """Everything a causal model keeps of the past, one entry a layer; rows are the batch.
 
-    The attention keeps K x V numbers a head and the short convolution W - 1 inputs, whatever the length. The long
-    convolution keeps its last inputs, up to L - 1 of them: its memory grows with the context until the kernel length
-    bounds it. A state is never changed in place: keep an old one to go back to it. The exception is one of
-    `CausalLM.online`, whose convolutions move on in place: keep a `clone` of it.
+    In a CHELA layer the attention keeps K x V numbers a head and the short convolution W - 1 inputs, whatever the
+    length. The long convolution keeps its last inputs, up to L - 1 of them: its memory grows with the context until
+    the kernel length bounds it. A Transformer's layer keeps the keys and values of the whole context. A state is never
+    changed in place: keep an old one to go back to it. The exception is one of `CausalLM.online`, whose convolutions
+    (or keys and values) move on in place: keep a `clone` of it.
     """
 
-    layers: tuple[LayerState, ...]
+    layers: tuple[LayerState | KeyValues, ...]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "ChelaState":
         """Apply `function` to every tensor (all have the batch in front)."""
-
-        def apply(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else function(tensor)
-
-        def move(layer: LayerState) -> LayerState:
-            short, long = layer.convolution
-            long = long.map(function) if isinstance(long, OnlineState) else apply(long)
-            return LayerState(ShortLongState(apply(short), long), apply(layer.attention))
-
-        return ChelaState(tuple(move(layer) for layer in self.layers))
+        return ChelaState(_map(self.layers, function))
 
     def tensors(self) -> list[Tensor]:
         """Every tensor, layer by layer."""
-        parts = (part for layer in self.layers for part in (*layer.convolution, layer.attention) if part is not None)
-        return [tensor for part in parts for tensor in (part.tensors() if isinstance(part, OnlineState) else [part])]
+        return list(_tensors(self.layers))
 
     def clone(self) -> "ChelaState":
         """Copy every tensor: changes to one state do not reach the other."""
@@ -65,3 +58,25 @@ class ChelaState:
     def nbytes(self) -> int:
         """Bytes held by all rows."""
         return sum(tensor.nbytes for tensor in self.tensors())
+
+
+def _map(part: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Apply to every tensor in nested tuples; named ones keep their names, numbers and None stay as they are."""
+    if isinstance(part, Tensor):
+        return function(part)
+    if isinstance(part, OnlineState):
+        return part.map(function)
+    if isinstance(part, tuple):
+        moved = [_map(item, function) for item in part]
+        return type(part)(*moved) if hasattr(part, "_fields") else tuple(moved)
+    return part
+
+
+def _tensors(part: Any) -> Iterator[Tensor]:
+    if isinstance(part, Tensor):
+        yield part
+    elif isinstance(part, OnlineState):
+        yield from part.tensors()
+    elif isinstance(part, tuple):
+        for item in part:
+            yield from _tensors(item)
