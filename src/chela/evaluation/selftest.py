@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from chela.ops import linear_attention, linear_attention_step, long_conv, short_conv
+from chela.ops.feed_forward import feed_forward
 from chela.ops.gated_output import gated_output
 from chela.ops.impl import WITH_TRITON, Impl
 from chela.ops.linear_attention.reference import bidirectional, chunked
@@ -23,6 +24,7 @@ from chela.ops.long_conv.reference import direct
 from chela.ops.short_conv.reference import taps
 from chela.ops.testing import (
     check_op,
+    feed_forward_inputs,
     gated_output_inputs,
     linear_attention_inputs,
     long_conv_inputs,
@@ -109,6 +111,30 @@ def _long(*sizes: int) -> Case:
     )
 
 
+def _feed_forward(rows: int, d: int, f: int) -> Case:
+    def run(
+        x: Tensor,
+        w1: Tensor,
+        b1: Tensor,
+        w2: Tensor,
+        b2: Tensor,
+        gain: Tensor,
+        shift: Tensor,
+        impl: Impl = "reference",
+    ) -> Outputs:
+        seed = torch.tensor(5, device=x.device)
+        out = feed_forward(x, w1, b1, w2, b2, norm="layer", gain=gain, shift=shift, dropout=0.1, seed=seed, impl=impl)
+        return (out,)
+
+    return Case(
+        "feed_forward",
+        f"layer norm, dropout, {_shape('NDF', (rows, d, f))}",
+        lambda dtype, device: feed_forward_inputs(rows, d=d, f=f, dtype=dtype, device=device),
+        run,
+        run,
+    )
+
+
 def _gated(rows: int, d: int, v: int) -> Case:
     def run(
         m: Tensor,
@@ -143,6 +169,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         _attention_step(2, 3, 24, 40),
         _short(2, 193, 24, 4),
         _long(2, 193, 24, 193),
+        _feed_forward(193, 24, 80),
         _gated(193, 24, 40),
     ),
     "cuda": (
@@ -155,6 +182,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         _short(2, 4099, 128, 4),
         _long(2, 1000, 24, 1000),
         _long(1, 4099, 24, 4099),
+        _feed_forward(4099, 128, 256),
         _gated(4099, 128, 256),
     ),
 }
