@@ -172,6 +172,18 @@ def test_multiscale_kernel_holds_each_parameter_over_its_octave():
     assert taps[8] != taps[10]
 
 
+@pytest.mark.parametrize("length", [1, 7, 64, 1000])
+def test_multiscale_kernel_is_the_same_by_product_and_by_pieces(length):
+    kernel = MultiscaleKernel(5, length, 4).double()
+    cotangent, results = torch.randn(5, length, dtype=torch.float64), []
+    for holds in (kernel.holds, None):
+        kernel.holds = holds
+        (gradient,) = torch.autograd.grad(kernel(), kernel.taps, cotangent)
+        results.append((kernel().detach(), gradient))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
+    assert results[0][0].shape == (5, length)
+
+
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 16, 17, 1000])
 def test_kernels_of_any_length(length):
     for kind in ("dense", "multiscale"):

@@ -139,11 +139,12 @@ class ChelaLayer(nn.Module):
         if self.attention is None:
             h, p = self.gates(z).chunk(2, dim=-1)
             return self._gate(h, p, residual), _state(convolution, None)
-        # One product makes S, gate, h and p: z is read once, and its gradient comes from one product, too.
-        parts = (self.attention.from_z, self.gates)
-        joint = F.linear(z, torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts]))
+        # One product makes gate, h and p, and their gradients come back as one tensor; S has a product of its own.
         d_key, d_value = self.attention.widths
-        shared, mixed = joint.split([d_key, d_value + 2 * self.d_model], dim=-1)
+        basis, gates = self.attention.from_z, self.gates
+        shared = F.linear(z, basis.weight[:d_key], basis.bias[:d_key])
+        weight, bias = torch.cat([basis.weight[d_key:], gates.weight]), torch.cat([basis.bias[d_key:], gates.bias])
+        mixed = F.linear(z, weight, bias)
         m, attended = self.attention.mix(
             x,
             shared,

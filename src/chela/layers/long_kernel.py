@@ -12,8 +12,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from chela.layers.norms import BatchNorm
+from chela.ops.precision import no_autocast
 
 KernelKind = Literal["dense", "multiscale"]
+
+
+LARGEST = 2**24
+"""Numbers of a matrix that says which parameter holds at which lag; a larger one would take more than 64 MiB."""
 
 
 class Taps(NamedTuple):
@@ -68,10 +73,16 @@ class MultiscaleKernel(nn.Module):
         amplitude = torch.exp(-starts / time_scales(d_model, length).unsqueeze(1)) * held**-0.5
         energy = (amplitude.square() * held * taps_per_octave).sum(1, keepdim=True)
         self.register_buffer("amplitude", amplitude * energy.rsqrt(), persistent=False)  # [D, octaves]
+        owner = torch.arange(octaves * taps_per_octave).repeat_interleave(held.repeat_interleave(taps_per_octave))
+        holds = owner[:length] == torch.arange(octaves * taps_per_octave).unsqueeze(1)
+        self.register_buffer("holds", holds.float() if holds.numel() <= LARGEST else None, persistent=False)
 
     def forward(self) -> Float[Tensor, "d l"]:
         """The kernel, `[D, L]`."""
         scaled = self.taps * self.amplitude.unsqueeze(-1)  # [D, octaves, m]
+        if self.holds is not None:  # one product instead of a sum for every octave in the backward pass
+            with no_autocast(scaled.device):
+                return scaled.flatten(1) @ self.holds
         octaves = [scaled[:, j, :, None].expand(-1, -1, n).flatten(1) for j, n in enumerate(self.held)]
         return torch.cat(octaves, dim=1)[:, : self.length]
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from chela.ops.long_conv import packed
-from chela.ops.long_conv.history import with_history
+from chela.ops.long_conv.history import with_history, within_reach
 from chela.ops.long_conv.method import choose
 
 
@@ -61,6 +62,7 @@ def _method(history: Tensor, kernel: Tensor, reverse: Tensor, length: int) -> An
 def _forward(history: Tensor, kernel: Tensor, reverse: Tensor, length: int) -> Tensor:
     if not history.numel():
         return history.new_empty(history.shape[0], length, history.shape[2])
+    kernel, reverse = within_reach(history, kernel, reverse, length)  # here, where a compiler does not look at lengths
     return _method(history, kernel, reverse, length).forward(history, kernel, reverse, length)
 
 
@@ -70,7 +72,14 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not history.numel():
         return tuple(torch.zeros_like(tensor) for tensor in (history, kernel, reverse))  # pyrefly: ignore
-    return _method(history, kernel, reverse, length).backward(grad, history, kernel, reverse, length)
+    taps, ahead = within_reach(history, kernel, reverse, length)
+    d_history, d_taps, d_ahead = _method(history, taps, ahead, length).backward(grad, history, taps, ahead, length)
+    return d_history, _lengthen(d_taps, kernel), _lengthen(d_ahead, reverse)
+
+
+def _lengthen(gradient: Tensor, kernel: Tensor) -> Tensor:
+    """Zeros for the lags that reach no input."""
+    return F.pad(gradient, (0, more)) if (more := kernel.shape[1] - gradient.shape[1]) else gradient
 
 
 @torch.library.register_fake("chela::long_conv")

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from chela.ops.documents import each_document
 
 Convolve = Callable[[Tensor, Tensor, Tensor, int], Tensor]
-"""`convolve(history, kernel, reverse, length)` gives the last `length` >= 1 outputs; arguments as in `fft_conv`."""
+"""`convolve(history, kernel, reverse, length)` gives the last `length` >= 1 outputs; it cuts the kernels by
+`within_reach` itself."""
 
 
 def with_history(
@@ -27,7 +28,8 @@ def with_history(
 
     def whole(x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         history = x if state is None else torch.cat([state, x], dim=1)
-        out = _within_reach(convolve, history, kernel, reverse_kernel, x.shape[1])
+        reverse = kernel[:, :0] if reverse_kernel is None else reverse_kernel
+        out = convolve(history, kernel, reverse, x.shape[1]) if x.shape[1] else history[:, :0]
         return out, history[:, max(0, history.shape[1] - kept) :].clone() if return_state else history[:, :0]
 
     def filled(x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -41,9 +43,6 @@ def with_history(
     return out, state if return_state else None
 
 
-def _within_reach(convolve: Convolve, history: Tensor, kernel: Tensor, reverse: Tensor | None, length: int) -> Tensor:
+def within_reach(history: Tensor, kernel: Tensor, reverse: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Cut the kernels to the lags that reach an input."""
-    if length == 0:
-        return history[:, :0]
-    kernel = kernel[:, : history.shape[1]]
-    return convolve(history, kernel, kernel[:, :0] if reverse is None else reverse[:, : length - 1], length)
+    return kernel[:, : history.shape[1]], reverse[:, : max(0, length - 1)]

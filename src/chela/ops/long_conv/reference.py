@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from chela.ops.long_conv.fourier import fft_conv
-from chela.ops.long_conv.history import with_history
+from chela.ops.long_conv.history import with_history, within_reach
 from chela.ops.precision import wide_dtype
 from chela.ops.short_conv import reference as short_conv
 
@@ -75,6 +75,7 @@ def grouped(
 
 def _convolve(history: Tensor, kernel: Tensor, reverse: Tensor, length: int) -> Tensor:
     """Take the cheaper form."""
+    kernel, reverse = within_reach(history, kernel, reverse, length)
     if kernel.shape[1] + reverse.shape[1] > FEW_LAGS:
         return fft_conv(history, kernel, reverse, length)
     wide = wide_dtype(history.dtype)
