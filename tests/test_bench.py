@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from chela.evaluation import bench, bench_cases, bench_plot, curves
+from chela.evaluation import bench, bench_cases, bench_plot, bench_training, curves
 from chela.evaluation.bench import COLUMNS, run_bench
 from chela.evaluation.bench_cases import SUITES
 from chela.evaluation.bench_peers import FEW
@@ -221,3 +221,28 @@ def test_mistakes_are_named_before_anything_is_measured(words, message, tmp_path
         run_bench(given.pop("ops"), **given)
     assert not list(tmp_path.rglob("*.csv"))
     assert not table(console)
+
+
+def test_training_updates_are_checked_timed_and_plotted(tmp_path, console):
+    shapes = {bench.TRAINING: ({"B": 2, "T": 16}, {"B": 1, "T": 32})}
+    rows = run_bench([bench.TRAINING], out=tmp_path / "b.csv", device="cpu", seconds=0, shapes=shapes, console=console)
+    assert len(rows) == 6
+    assert {row["implementation"] for row in rows} == {"chela", "Transformer, SDPA", "convolutions by FFT"}
+    for row in rows:
+        assert row["op"] == "training step"
+        assert float(str(row["median_ms"])) > 0
+        assert float(str(row["tokens_per_s"])) == pytest.approx(32e3 / float(str(row["median_ms"])), rel=1e-3)
+        assert bool(row["worst_relative_error"]) == (row["implementation"] == "chela")
+    assert (tmp_path / "b-training-step-D128.png").is_file()
+
+
+def test_a_wrong_update_is_not_timed(monkeypatch):
+    plain = bench_training.make_update
+
+    def wrong(*arguments, **options):
+        first = arguments[4].train.compile
+        return plain(*arguments[:-1], torch.bfloat16 if first else torch.float32, **options)
+
+    monkeypatch.setattr(bench_training, "make_update", wrong)
+    with pytest.raises(AssertionError, match="off the plain update's"):
+        bench_training.check(CPU, torch.float32)

@@ -189,7 +189,8 @@ def bench(
     """Check, then time the ops over a range of lengths, beside others and beside the speed of a plain copy.
 
     Args:
-        ops: Any of linear-attention, short-conv, long-conv, decode; all when left out.
+        ops: Any of linear-attention, short-conv, long-conv, decode; all of these when left out. And training: whole
+            updates of a model beside a Transformer's.
         device: Where to compute; auto takes the GPU when there is one.
         dtype: Type of the inputs; auto is bfloat16 on a GPU, float32 on a CPU.
         seconds: Time spent on each measurement.

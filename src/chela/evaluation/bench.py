@@ -22,6 +22,7 @@ from torch import Tensor
 from chela.evaluation import bench_plot
 from chela.evaluation.bench_cases import SUITES
 from chela.evaluation.bench_suite import Contender, Inputs, Shape, Suite
+from chela.evaluation.bench_training import bench_training
 from chela.evaluation.runs import place
 from chela.evaluation.timing import Time, copy_speed, measure
 from chela.ops.impl import resolve
@@ -31,9 +32,11 @@ from chela.training.device import compute_type
 from chela.training.journal import surroundings
 
 PASSES = ("forward", "forward+backward")
+TRAINING = "training"
+"""Whole updates, timed when asked for by name: they take minutes."""
 COLUMNS = (
     *("op", "implementation", "shape", "dtype", "pass", "median_ms", "low_ms", "high_ms", "repeats", "tokens_per_s"),
-    *("floor_ms", "ratio_to_floor", "copy_gb_per_s"),
+    *("floor_ms", "ratio_to_floor", "copy_gb_per_s", "first_s", "peak_mib"),
     *("worst_relative_error", "device", "threads", "chela", "torch", "triton", "python", "commit", "date"),
 )
 
@@ -65,7 +68,7 @@ def run_bench(
     """Check and time ops, print tables and write every measurement to a CSV file, with plots beside it.
 
     Args:
-        ops: names of suites; none for all.
+        ops: names of suites, or "training"; none for all suites.
         out: the CSV file, written anew.
         device: where to compute.
         dtype: of the inputs; auto is bfloat16 on a GPU.
@@ -81,9 +84,10 @@ def run_bench(
         ValueError: an unknown op, a device that is not there, a file that cannot be written.
         AssertionError: an implementation of ours fails its check; nothing of its suite is timed.
     """
+    names = (*SUITES, TRAINING)
     for name in ops:
-        if name not in SUITES:
-            raise ValueError(f"unknown op {name!r}{nearest(name, SUITES)}; ops: {', '.join(SUITES)}")
+        if name not in names:
+            raise ValueError(f"unknown op {name!r}{nearest(name, names)}; ops: {', '.join(names)}")
     if seconds < 0:
         raise ValueError(f"seconds must not be negative, got {seconds}")
     where, console, rows = place(device), console or Console(), []
@@ -95,7 +99,7 @@ def run_bench(
         provenance["copy_gb_per_s"] = f"{speed / 1e9:.5g}"
         console.print(_headline(provenance, kind), highlight=False, markup=False)
         console.print(f"a copy: {speed / 1e9:,.0f} GB/s, read and written", highlight=False, markup=False)
-        for suite in (suite for name in ops or SUITES for suite in SUITES[name]):
+        for suite in (suite for name in ops or SUITES for suite in SUITES.get(name, ())):
             errors = _check(suite, kind, where)
             entrants = _entrants(suite, errors, peers, console)
             measured = []
@@ -106,6 +110,11 @@ def run_bench(
             file.flush()
             rows += new
             console.print(_table(suite, measured))
+        if TRAINING in ops:
+            chosen = (shapes or {}).get(TRAINING)
+            new = bench_training(where, kind, seconds, peers=peers, shapes=chosen, console=console)
+            rows += [row | provenance for row in new]
+            writer.writerows(rows[-len(new) :])
     console.print(f"{len(rows)} measurements with their 20 and 80 % quantiles in {out}", highlight=False, markup=False)
     for line in bench_plot.write(rows, out):
         console.print(line, highlight=False, markup=False)

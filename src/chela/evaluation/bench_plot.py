@@ -14,7 +14,7 @@ INK, GREY = "#22262b", "#8a929c"
 
 
 def write(rows: Sequence[Row], table: Path) -> list[str]:
-    """Plot every op with a floor that was timed at several lengths, as SVG and PNG beside its table.
+    """Plot everything that was timed at several lengths, as SVG and PNG beside its table.
 
     Args:
         rows: of the table, as `run_bench` returns them.
@@ -25,14 +25,14 @@ def write(rows: Sequence[Row], table: Path) -> list[str]:
     """
     families: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
-        if row["floor_ms"]:
+        if "T" in _axes(row):
             families[str(row["op"]), _sizes(row)].append(row)
     wanted = {key: family for key, family in families.items() if len({_axes(row)["T"] for row in family}) > 1}
     if wanted and not available():
         return ["no plots: matplotlib is not installed (install chela[plot])"]
     said = []
     for (op, sizes), family in wanted.items():
-        path = table.with_name(f"{table.stem}-{op}-{sizes.replace(' ', '-')}.svg")
+        path = table.with_name(f"{table.stem}-{op}-{sizes}.svg".replace(", ", "-").replace(" ", "-"))
         _draw(family, f"{op}, {sizes}", path)
         said.append(f"plot: {path} and .png")
     return said
@@ -55,28 +55,34 @@ def _draw(rows: Sequence[Row], title: str, path: Path) -> None:
     style = {"svg.hashsalt": title, "font.size": 9, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": GREY}
     style |= {"xtick.color": GREY, "ytick.color": GREY, "xtick.labelcolor": INK, "ytick.labelcolor": INK}
     with rc_context(style):
-        figure = Figure(figsize=(4.6 * len(passes), 6.4), layout="constrained", facecolor="white")
-        grid = figure.subplots(2, len(passes), sharex=True, sharey="row", squeeze=False)
+        panels = ("median", "low", "high"), ("ratio", "least", "most")
+        panels = panels if all(row["floor_ms"] for row in rows) else panels[:1]
+        width, height = max(4.6 * len(passes), 5.4), 1.2 + 2.6 * len(panels)
+        figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+        grid = figure.subplots(len(panels), len(passes), sharex=True, sharey="row", squeeze=False)
         for column, part in enumerate(passes):
-            upper, lower = grid[:, column]
+            upper, lower = grid[0, column], grid[-1, column]
             for number, name in enumerate(names):
                 curve = _curve([row for row in rows if (row["pass"], row["implementation"]) == (part, name)])
-                for axes, middle, low, high in ((upper, "median", "low", "high"), (lower, "ratio", "least", "most")):
+                for axes, (middle, low, high) in zip(grid[:, column], panels, strict=True):
                     ours = name.startswith("chela")
                     axes.plot(
                         curve["T"], curve[middle], label=name, color=colour(number), marker="o", markersize=3.5,
                         linewidth=2.2 if ours else 1.3, zorder=3 if ours else 2,
                     )  # fmt: skip
                     axes.fill_between(curve["T"], curve[low], curve[high], color=colour(number), alpha=0.18, lw=0)
-            floor = sorted({(_axes(row)["T"], float(str(row["floor_ms"]))) for row in rows if row["pass"] == part})
-            upper.plot(*zip(*floor, strict=True), color=INK, linewidth=1, linestyle=(0, (4, 3)), label="floor: a copy")
-            lower.axhline(1, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+            if len(panels) > 1:
+                floor = sorted({(_axes(row)["T"], float(str(row["floor_ms"]))) for row in rows if row["pass"] == part})
+                dashed = {"color": INK, "linewidth": 1, "linestyle": (0, (4, 3))}
+                upper.plot(*zip(*floor, strict=True), **dashed, label="floor: a copy")
+                lower.axhline(1, **dashed)
             upper.set_title(part, fontsize=10)
             lower.set_xlabel("T, tokens of a sequence")
         for axes in grid.flat:
             _dress(axes, sorted({_axes(row)["T"] for row in rows}))
         grid[0, 0].set_ylabel("ms")
-        grid[1, 0].set_ylabel("times the floor")
+        if len(panels) > 1:
+            grid[1, 0].set_ylabel("times the floor")
         handles, labels = grid[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
         figure.suptitle(f"{title}, {_batch(rows)}\n{_provenance(rows[0])}", fontsize=10)
@@ -87,7 +93,8 @@ def _draw(rows: Sequence[Row], title: str, path: Path) -> None:
 def _curve(rows: Sequence[Row]) -> dict[str, list[float]]:
     found: dict[str, list[float]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: _axes(row)["T"]):
-        median, low, high, floor = (float(str(row[key])) for key in ("median_ms", "low_ms", "high_ms", "floor_ms"))
+        median, low, high = (float(str(row[key])) for key in ("median_ms", "low_ms", "high_ms"))
+        floor = float(str(row["floor_ms"] or 1))
         values = (_axes(row)["T"], median, low, high, median / floor, low / floor, high / floor)
         for name, value in zip(("T", "median", "low", "high", "ratio", "least", "most"), values, strict=True):
             found[name].append(value)
