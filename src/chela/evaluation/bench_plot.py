@@ -57,7 +57,7 @@ def _draw(rows: Sequence[Row], title: str, path: Path) -> None:
     with rc_context(style):
         panels = ("median", "low", "high"), ("ratio", "least", "most")
         panels = panels if all(row["floor_ms"] for row in rows) else panels[:1]
-        width, height = max(4.6 * len(passes), 5.4), 1.2 + 2.6 * len(panels)
+        width, height = max(4.6 * len(passes), 9.2), 1.2 + 2.6 * len(panels)
         figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
         grid = figure.subplots(len(panels), len(passes), sharex=True, sharey="row", squeeze=False)
         for column, part in enumerate(passes):

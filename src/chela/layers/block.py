@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from chela.layers.chela import ChelaLayer, LayerState
 from chela.layers.norms import NormKind, make_norm
 from chela.ops.feed_forward import feed_forward, widest
-from chela.ops.impl import Impl, resolve
+from chela.ops.impl import Impl
 
 
 class ChelaBlock(nn.Module):
@@ -77,11 +77,12 @@ class ChelaBlock(nn.Module):
         return x, after
 
     def _feed_forward(self, x: Tensor, mask: Tensor | None, impl: Impl) -> Tensor:
-        """`x + feed_forward(norm(x))` (post-norm: of x itself); where there are kernels for it, in one op."""
+        """`x + feed_forward(norm(x))` (post-norm: of x itself); in one op where its kernels are asked for."""
         layers, norm = self.feed_forward, self.feed_forward_norm
         assert layers is not None
         assert norm is not None
-        if x.shape[-1] > widest(x.dtype) or resolve(impl, x.device, "feed_forward") == "reference":
+        if impl != "triton" or x.shape[-1] > widest(x.dtype):
+            # "auto" will take the op, too, once its present kernels have been held to float64 on a GPU
             return x + layers(norm(x, mask) if self.prenorm else x)
         dropout = self.dropout if self.training else 0.0
         seed = torch.randint(2**62, (), device=x.device) if dropout else None
