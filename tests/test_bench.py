@@ -73,9 +73,11 @@ def test_nothing_is_timed_that_fails_its_check(tmp_path, console, monkeypatch):
     wrong = replace(ours[0], run=lambda **inputs: ours[0].run(**inputs) * 1.001)
     monkeypatch.setitem(bench_cases.SUITES, "short-conv", (replace(short, contenders=(wrong,)),))
     monkeypatch.setattr(bench, "measure", lambda *words: timed.append(words))
+    (tmp_path / "b.csv").write_text("an earlier table", encoding="utf-8")
     with pytest.raises(AssertionError, match=r"short-conv, chela reference, torch\.float32 on cpu"):
         run_bench(["short-conv"], out=tmp_path / "b.csv", device="cpu", shapes=SHAPES, console=console)
     assert not timed
+    assert (tmp_path / "b.csv").read_text(encoding="utf-8") == "an earlier table"
 
 
 def test_the_time_of_a_run_of_many_tokens_is_given_for_one(tmp_path, console, monkeypatch):

@@ -81,6 +81,12 @@ def rows(text: str) -> list[list[str]]:
     ]
 
 
+def test_runs_of_one_seed_count_once(three, tmp_path):
+    again = write_run(tmp_path / "again", replace(preset("digits"), seed=2), 0.94)
+    (line,) = [row for row in rows(read([*three, again], tmp_path)) if row[0] == "digits"]
+    assert line[2] == f"{statistics.mean((91, 93, 96)):.2f} ± {statistics.stdev((91, 93, 96)):.2f} %"
+
+
 def test_mean_and_deviation_over_seeds(three, tmp_path):
     table = rows(read(three, tmp_path))
     values = [91.0, 93.0, 98.0]

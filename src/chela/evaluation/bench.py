@@ -7,7 +7,8 @@ and the output written once; backward, inputs and the output's gradient are read
 import csv
 import datetime
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TextIO
@@ -69,7 +70,7 @@ def run_bench(
 
     Args:
         ops: names of suites, or "training"; none for all suites.
-        out: the CSV file, written anew.
+        out: the CSV file, written anew; an earlier one stays until all is measured (`out.part` has what was).
         device: where to compute.
         dtype: of the inputs; auto is bfloat16 on a GPU.
         seconds: spent on each measurement.
@@ -92,7 +93,7 @@ def run_bench(
         raise ValueError(f"seconds must not be negative, got {seconds}")
     where, console, rows = place(device), console or Console(), []
     kind, provenance = compute_type(dtype, where), _provenance(where)
-    with _open(out) as file:
+    with _written(out) as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         speed = copy_speed(where, min(seconds, 0.3))
@@ -121,9 +122,14 @@ def run_bench(
     return rows
 
 
-def _open(out: Path) -> TextIO:
+@contextmanager
+def _written(out: Path) -> Iterator[TextIO]:
+    """A file that takes the place of `out` when all is measured; until then an old table stays."""
+    part = out.with_name(f"{out.name}.part")
     try:
-        return out.open("w", newline="", encoding="utf-8")
+        with part.open("w", newline="", encoding="utf-8") as file:
+            yield file
+        part.replace(out)
     except OSError as error:
         raise ValueError(f"cannot write {out}: {error.strerror}") from None
 

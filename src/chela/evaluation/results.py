@@ -91,8 +91,8 @@ def _group_row(g: Group, colour: str) -> list[Cell]:
     return [
         Cell(name, swatch=colour),
         Cell(alone.status if alone else state, _look(g.runs)),
-        Cell(_mean([run.test for run in g.runs if run.test]), "number"),
-        Cell(_mean([run.best for run in g.runs if run.best]), "number"),
+        Cell(_mean([(run.config.seed, run.test) for run in g.runs if run.test]), "number"),
+        Cell(_mean([(run.config.seed, run.best) for run in g.runs if run.best]), "number"),
         *_facts(g.runs),
     ]
 
@@ -130,10 +130,14 @@ def _look(runs: Sequence[Run]) -> str:
     return "fixed " + ("bad" if "failed" in status else "good" if status == {"done"} else "soft")
 
 
-def _mean(results: Sequence[dict[str, Any]]) -> str:
+def _mean(results: Sequence[tuple[int, dict[str, Any]]]) -> str:
+    """Mean and deviation over seeds; several runs of one seed count once, with their mean."""
     if not results:
         return "–"
-    values, form = [score(result)[1] for result in results], score(results[0])[2]
+    by_seed: dict[int, list[float]] = {}
+    for seed, result in results:
+        by_seed.setdefault(seed, []).append(score(result)[1])
+    values, form = [statistics.mean(runs) for runs in by_seed.values()], score(results[0][1])[2]
     shown = form.format(statistics.mean(values))
     if len(values) == 1:
         return shown
