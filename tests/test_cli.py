@@ -104,6 +104,16 @@ def test_generation_writes_prompt_and_text_and_the_seed_decides(bytes_run):
     assert chela(*words, "--seed", 1)[1] != out
 
 
+def test_generation_ends_before_a_stop_string(bytes_run):
+    words = ("generate", bytes_run, "--prompt", "the cat", "--max-new-tokens", 40)
+    whole = chela(*words)[1].removeprefix("the cat").removesuffix("\n")
+    stop = whole[5:7]
+    code, out, err = chela(*words, "--stop", "never to be seen", stop)
+    assert code == 0
+    assert out.rstrip("\n") == "the cat" + whole.split(stop, 1)[0]
+    assert int(err.split()[0]) < 40, "nothing is computed for a text that has ended"
+
+
 def test_data_lists_the_tasks_and_describes_one(tmp_path):
     assert {line.split()[0] for line in succeed("data").splitlines()} >= {"digits", "listops", "text", "image", "bytes"}
     out = succeed("data", "digits", "--root", tmp_path)
@@ -361,6 +371,8 @@ GENERATE = {
     "--temperature -1": "temperature must not be negative",
     "--top-k -1": "top-k must not be negative",
     "--top-p 0": r"top-p must lie in \(0, 1\], got 0",
+    "--repetition-penalty 0": r"repetition-penalty must be positive \(1 leaves the logits alone\), got 0",
+    "--repetition-penalty much": r"--repetition-penalty wants a number: 'much'",
     "--device tpu": "--device is one of 'auto', 'cpu', 'cuda'; got 'tpu'",
 }
 
@@ -372,6 +384,8 @@ def test_options_of_generation_out_of_range(words, bytes_run):
 
 
 def test_nothing_to_generate(bytes_run, digits_run):
+    words = ("generate", bytes_run, "--prompt", "a", "--stop", "b", "")
+    assert "a stop string needs at least one character: leave --stop out" in refuse(bytes_run, *words)
     assert "a prompt needs at least one token" in refuse(bytes_run, "generate", bytes_run, "--prompt", "")
     assert "holds a classifier, not a language model" in refuse(digits_run, "generate", digits_run, "--prompt", "a")
 

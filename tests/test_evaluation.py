@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import shlex
@@ -17,7 +18,7 @@ from chela.data import load_task
 from chela.evaluation import evaluate_run, generate
 from chela.evaluation.datasets import describe_task, inventory
 from chela.evaluation.doctor import diagnose
-from chela.evaluation.generate import generate_run, sample
+from chela.evaluation.generate import generate_run, penalise, sample, until
 from chela.evaluation.runs import Run, command, group, load_run, place, read_run
 from chela.models import CausalLM, build, save_model
 from chela.presets import PRESETS, preset
@@ -176,6 +177,45 @@ def test_samples_follow_the_probabilities():
     assert sample(shares.log().expand(9, 3), temperature=0).tolist() == [0] * 9
 
 
+def test_a_repetition_penalty_lowers_what_came_before():
+    logits, seen = torch.tensor([[2.0, -2.0, 1.0, 0.0]]), torch.tensor([[True, True, False, True]])
+    assert penalise(logits, seen, 2.0).tolist() == [[1.0, -4.0, 1.0, 0.0]]
+    assert penalise(logits, seen, 0.5).tolist() == [[4.0, -1.0, 1.0, 0.0]]
+    assert torch.equal(penalise(logits, seen, 1.0), logits)
+
+
+def test_the_penalty_counts_the_tokens_of_a_row_alone_and_no_padding(model):
+    prompts = [[3], [7, 1, 4, 1, 5, 9, 2]]
+    together = torch.stack(list(generate(model, prompts, 15, temperature=0, repetition_penalty=1.5)), 1).tolist()
+    for found, prompt in zip(together, prompts, strict=True):
+        tokens = list(prompt)
+        for _ in range(15):
+            seen = torch.zeros(1, 11, dtype=torch.bool)
+            seen[0, tokens] = True
+            with torch.no_grad():
+                logits = model(torch.tensor([tokens]))[:, -1]
+            tokens.append(int(penalise(logits, seen, 1.5).argmax()))
+        assert found == tokens[len(prompt) :]
+        assert found != greedy(model, prompt, 15)
+
+
+@given(
+    text=st.text("ab", max_size=30),
+    stops=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+    cuts=st.sets(st.integers(1, 29), max_size=9),
+)
+def test_text_ends_before_the_first_stop_string_however_it_comes(text, stops, cuts):
+    places = [0, *sorted(cut for cut in cuts if cut < len(text)), len(text)]
+    pieces = list(until((text[a:b] for a, b in itertools.pairwise(places)), stops))
+    end = min((text.find(stop) for stop in stops if stop in text), default=len(text))
+    assert "".join(pieces) == text[:end]
+
+
+def test_only_the_start_of_a_stop_string_is_held_back():
+    assert [*until(["one", " t", "wo\n", "E", "ND", "s"], ["\nEND", "never"])] == ["o", "ne t", "wo", "", ""]
+    assert [*until(["one", " t", "wo\n", "E", "DN"], ["\nEND", "never"])] == ["o", "ne t", "wo", "", "\nEDN", ""]
+
+
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [
@@ -187,6 +227,7 @@ def test_samples_follow_the_probabilities():
         ([[1]], {"temperature": -0.1}, "temperature"),
         ([[1]], {"top_k": -1}, "top-k"),
         ([[1]], {"top_p": 1.1}, "top-p"),
+        ([[1]], {"repetition_penalty": 0}, "repetition-penalty"),
     ],
 )
 def test_generation_refuses_what_does_not_fit_before_it_begins(model, prompts, options, message):

@@ -95,6 +95,8 @@ def generate(
     temperature: float = 0.8,
     top_k: int = 0,
     top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    stop: tuple[str, ...] = (),
     seed: int = 0,
     device: Device = "auto",
 ) -> None:
@@ -107,6 +109,8 @@ def generate(
         temperature: Divides the logits; 0 takes the likeliest token each time.
         top_k: Draw among the k likeliest tokens; 0 draws among all.
         top_p: Draw among the fewest likeliest tokens that hold this share of the probability.
+        repetition_penalty: Above 1, tokens that came before get less likely; 1 leaves them alone.
+        stop: End before the first of these strings.
         seed: The same seed gives the same text.
         device: Where to compute; auto takes the GPU when there is one.
     """
@@ -119,6 +123,8 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        stop=stop,
         seed=seed,
         device=device,
         write=lambda text: print(text, end="", flush=True),

@@ -2,7 +2,7 @@
 
 import codecs
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -45,6 +45,37 @@ def sample(
     return order.gather(1, probabilities.multinomial(1, generator=generator)).squeeze(1)
 
 
+def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Make tokens that came before less likely: positive logits are divided by the penalty, negative ones multiplied.
+
+    (Keskar et al. 2019, CTRL, section 4.1, in the form that also lowers negative logits.)
+
+    Args:
+        logits: float [B, vocab].
+        seen: bool [B, vocab], True at tokens that came before.
+        penalty: 1 changes nothing, above it repetition gets rarer, below it more frequent.
+
+    Returns:
+        float [B, vocab].
+    """
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
+    """Pass on text up to the first of the stop strings, which is left out; hold back what may be the start of one."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        found = min((place for stop in stops if (place := held.find(stop)) >= 0), default=None)
+        if found is not None:
+            yield held[:found]
+            return
+        begun = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
+        yield held[: len(held) - begun]
+        held = held[len(held) - begun :]
+    yield held
+
+
 def generate(
     model: CausalLM,
     prompts: Sequence[Sequence[int]],
@@ -53,6 +84,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
 ) -> Iterator[Tensor]:
     """Continue several prompts at once, of any lengths; yield the next token of each, int64 [B] on the CPU.
@@ -65,17 +97,24 @@ def generate(
         temperature: as `sample`.
         top_k: as `sample`.
         top_p: as `sample`.
+        repetition_penalty: as `penalise`, for the tokens of a prompt and its continuation.
         seed: the same seed, prompts, model and machine give the same tokens.
 
     Raises:
         ValueError: no prompt or an empty one, a token id out of range, an option out of range.
     """
-    _check(prompts, model.config.vocab, max_new_tokens, temperature, top_k, top_p)
-    return _stream(model, prompts, max_new_tokens, temperature, top_k, top_p, seed)
+    _check(prompts, model.config.vocab, max_new_tokens, temperature, top_k, top_p, repetition_penalty)
+    return _stream(model, prompts, max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
 
 
 def _check(
-    prompts: Sequence[Sequence[int]], vocab: int, max_new_tokens: int, temperature: float, top_k: int, top_p: float
+    prompts: Sequence[Sequence[int]],
+    vocab: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    repetition_penalty: float,
 ) -> None:
     if not prompts or not all(prompts):
         raise ValueError("a prompt needs at least one token: give --prompt some text")
@@ -90,6 +129,8 @@ def _check(
         raise ValueError(f"top-k must not be negative (0 draws among all tokens), got {top_k}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top-p must lie in (0, 1], got {top_p}")
+    if repetition_penalty <= 0:
+        raise ValueError(f"repetition-penalty must be positive (1 leaves the logits alone), got {repetition_penalty}")
 
 
 @torch.inference_mode()
@@ -100,6 +141,7 @@ def _stream(
     temperature: float,
     top_k: int,
     top_p: float,
+    repetition_penalty: float,
     seed: int,
 ) -> Iterator[Tensor]:
     device = next(model.parameters()).device
@@ -109,8 +151,13 @@ def _stream(
     generator = torch.Generator(device).manual_seed(seed)
     logits, state = model.prefill(tokens, None if bool(mask.all()) else mask)
     logits, state = logits[:, -1], model.online(state) if model.config.merged else state
+    seen = torch.zeros(len(prompts), model.config.vocab, dtype=torch.bool, device=device)
+    for row, prompt in enumerate(prompts):
+        seen[row, list(prompt)] = True
     for count in range(max_new_tokens):
+        logits = penalise(logits, seen, repetition_penalty)
         token = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        seen.scatter_(1, token.unsqueeze(1), True)
         yield token.cpu()
         if count + 1 < max_new_tokens:
             logits, state = model.step(token, state)
@@ -141,21 +188,26 @@ def generate_run(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    stop: Sequence[str] = (),
     seed: int = 0,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     write: Callable[[str], None] = lambda text: None,
 ) -> Generated:
     """Continue a prompt with the language model of a run; `write` gets prompt and text as they come.
 
+    The text ends before the first of the strings in `stop`, if one comes.
+
     Raises:
         ValueError: the folder is no run of a language model, or an option is out of range.
     """
+    if not all(stop):
+        raise ValueError("a stop string needs at least one character: leave --stop out to write all tokens")
     run, model = load_run(folder, place(device))
     if not isinstance(model, CausalLM):
         raise ValueError(f"{folder} holds a {run.model.kind}, not a language model: nothing to generate")
     model.merge()
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    started, pieces, tokens = time.perf_counter(), [], 0
+    started, tokens = time.perf_counter(), 0
     stream = generate(
         model,
         [list(prompt.encode())],
@@ -163,13 +215,21 @@ def generate_run(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        repetition_penalty=repetition_penalty,
         seed=seed,
     )
+
+    def decoded() -> Iterator[str]:
+        nonlocal tokens
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for token in stream:
+            tokens += 1
+            yield decoder.decode(bytes(token.tolist()))
+        yield decoder.decode(b"", final=True)
+
     write(prompt)
-    for token in stream:
-        tokens += 1
-        pieces.append(decoder.decode(bytes(token.tolist())))
-        write(pieces[-1])
-    pieces.append(decoder.decode(b"", final=True))
-    write(pieces[-1])
+    pieces = []
+    for piece in until(decoded(), stop):
+        pieces.append(piece)
+        write(piece)
     return Generated("".join(pieces), tokens, time.perf_counter() - started)

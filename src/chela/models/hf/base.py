@@ -27,6 +27,7 @@ class ChelaPreTrainedModel(PreTrainedModel):
     config: ChelaConfig  # pyrefly: ignore
     base_model_prefix = "chela"
     _is_stateful = True  # methods of generation that take tokens back are refused
+    _keep_in_fp32_modules_strict = ["kernel", "decay_logit"]  # noqa: RUF012 (what long sums and powers are made of)
     _no_split_modules = ["ChelaBlock"]  # noqa: RUF012 (as transformers declares it)
 
     def init_weights(self) -> None:
