@@ -143,7 +143,7 @@ def test_the_seed_decides(model):
 def test_tokens_come_one_by_one(model, monkeypatch):
     steps = []
     step = model.step
-    monkeypatch.setattr(model, "step", lambda *words: steps.append(1) or step(*words))
+    monkeypatch.setattr(model, "step", lambda *words, **named: steps.append(1) or step(*words, **named))
     stream = generate(model, [[1, 2]], 3)
     next(stream)
     assert not steps, "the first token needs the prompt alone"

@@ -8,7 +8,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from chela.ops import linear_attention
+from chela.layers.short_long_conv import is_step
+from chela.ops import linear_attention, linear_attention_step
 from chela.ops.impl import Impl
 
 AttentionNorm = Literal["rms", "sum", "none"]
@@ -126,18 +127,23 @@ class GatedLinearAttention(nn.Module):
         if mask is not None:
             k = k.masked_fill(~mask[:, :, None, None], 0)  # padding never counts, in the sum of weights neither
         decay = None if self.decay_logit is None else torch.sigmoid(self.decay_logit.float())
-        attended, after = linear_attention(
-            q,
-            k,
-            v,
-            causal=self.causal,
-            scale=self.scale,
-            decay=decay,
-            state=state,
-            return_state=return_state,
-            cu_seqlens=cu_seqlens,
-            impl=impl,
-        )
+        if state is not None and is_step(x, return_state):
+            q, k, v = (part.squeeze(1) for part in (q, k, v))
+            attended, after = linear_attention_step(q, k, v, state, scale=self.scale, decay=decay, impl=impl)
+            attended = attended.unsqueeze(1)
+        else:
+            attended, after = linear_attention(
+                q,
+                k,
+                v,
+                causal=self.causal,
+                scale=self.scale,
+                decay=decay,
+                state=state,
+                return_state=return_state,
+                cu_seqlens=cu_seqlens,
+                impl=impl,
+            )
         if self.norm == "sum":
             attended, weights = attended[..., :-1], attended[..., -1:]
             attended = attended / weights.clamp(min=1e-6)

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from chela.layers.long_kernel import BranchedKernel, FoldedKernel, KernelKind
-from chela.ops import long_conv, long_conv_online_state, long_conv_step, short_conv
+from chela.ops import long_conv, long_conv_online_state, long_conv_step, short_conv, short_conv_step
 from chela.ops.impl import Impl
 from chela.ops.long_conv.online import OnlineState
 
@@ -120,9 +120,14 @@ class ShortLongConv(nn.Module):
         after_short = after_long = None
         u = _zero_padding(_narrow(x), mask)
         if self.short_weight is not None:
-            u, after_short = short_conv(
-                u, self.short_weight.to(u.dtype), self.short_bias, activation="silu", state=before.short, **carry
-            )
+            weight, bias = self.short_weight.to(u.dtype), self.short_bias
+            if before.short is not None and is_step(x, return_state):
+                u, after_short = short_conv_step(
+                    u.squeeze(1), weight, bias, state=before.short, activation="silu", impl=impl
+                )
+                u = u.unsqueeze(1)
+            else:
+                u, after_short = short_conv(u, weight, bias, activation="silu", state=before.short, **carry)
             u = _zero_padding(u, mask)  # the bias made padding non-zero
         z = u
         if self.kernel is not None:
@@ -179,6 +184,11 @@ class ShortLongConv(nn.Module):
             )
             total = total + norm(branch, mask)
         return total
+
+
+def is_step(x: Tensor, return_state: bool) -> bool:
+    """Whether a piece is a single token on the way, for which the ops have steps of their own, and no gradient."""
+    return return_state and x.shape[1] == 1 and not torch.is_grad_enabled()
 
 
 def _narrow(x: Tensor) -> Tensor:

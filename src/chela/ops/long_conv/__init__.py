@@ -121,7 +121,8 @@ def long_conv_step(
         if isinstance(state, OnlineState):
             _check_online(state, x, kernel)
             out = online.emit(x, state, triton=implementation == "triton")
-            online.advance(state, kernel)
+            if not state.held:
+                online.advance(state, kernel)
             return out, state
         _check_state(state, x.shape[0], x, kernel, "[B, S, D]")
         return reference.long_conv_step(x, kernel, state=state)

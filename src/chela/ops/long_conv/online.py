@@ -44,7 +44,7 @@ CHANNELS = 32
 
 @dataclass(eq=False)
 class OnlineState:
-    """What the online convolution keeps; `long_conv_step` changes it in place. All but the last four have the batch.
+    """What the online convolution keeps; `long_conv_step` changes it in place. All but the last five have the batch.
 
     R is the block, M the epoch, both powers of two.
     """
@@ -65,6 +65,8 @@ class OnlineState:
     """L."""
     clock: int
     """t, inputs of the epoch so far: 0 .. M-1."""
+    held: bool = False
+    """A step leaves the clock where it is: `advance` is called by whoever replays the step as a CUDA graph."""
 
     @property
     def block(self) -> int:
