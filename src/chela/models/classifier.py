@@ -39,7 +39,7 @@ class Pooling(nn.Module):
             index = torch.where(mask, steps, x.shape[1] - 1).amin(1)
         else:
             index = torch.where(mask, steps, 0).amax(1)
-        return x.take_along_dim(index[:, None, None], dim=1).squeeze(1)
+        return x.gather(1, index[:, None, None].expand(-1, 1, x.shape[2])).squeeze(1)
 
 
 class Classifier(nn.Module):

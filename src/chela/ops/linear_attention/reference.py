@@ -6,6 +6,7 @@ Shapes: B batch, T time, H heads, K key width, V value width, C chunk, N = T / C
 """
 
 import functools
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -37,7 +38,8 @@ def linear_attention(
         decay = decay.to(wide)
     if not causal:
         return bidirectional(q, k, v).to(dtype), None
-    run = functools.partial(chunked, decay=decay)
+    form = any_length if torch.compiler.is_exporting() and isinstance(q.shape[1], torch.SymInt) else chunked
+    run = functools.partial(form, decay=decay)
     if cu_seqlens is not None:
         out, state = each_document(run, (q, k, v), cu_seqlens, state)
     else:
@@ -143,6 +145,54 @@ def chunked(
         state = kept * state + added
     out = scores @ v + q @ torch.stack(before, dim=2)
     return rearrange(out, "b h n c w -> b (n c) h w"), state
+
+
+def any_length(
+    q: Float[Tensor, "b t h k"],
+    k: Float[Tensor, "b t h k"],
+    v: Float[Tensor, "b t h v"],
+    state: Float[Tensor, "b h k v"] | None = None,
+    decay: Float[Tensor, " h"] | None = None,
+    chunk: int = CHUNK,
+) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "b h k v"]]:
+    """The blocked form without a loop, for an exported graph, whose length nobody knows yet.
+
+    Zeros in front fill up the first chunk. The states between chunks are sums over all chunks before, [N, N] weights
+    with a decay.
+    """
+    batch, length, heads = q.shape[:3]
+    count: Any = (length + chunk - 1) // chunk
+    if isinstance(length, torch.SymInt):  # a number out of a tensor: the exporter asks nothing about it
+        count = torch.full((), length).add(chunk - 1).floor_divide(chunk).item()
+        torch._check(count >= 1)
+        torch._check(count * chunk >= length)
+
+    def cut(x: Tensor) -> Tensor:
+        padded = torch.cat([x.new_zeros(batch, count * chunk - length, heads, x.shape[3]), x], dim=1)
+        return padded.reshape(batch, count, chunk, heads, x.shape[3]).permute(0, 3, 1, 2, 4)  # [B, H, N, C, .]
+
+    gamma = q.new_ones(heads) if decay is None else decay
+    place, number = torch.arange(chunk, device=q.device), torch.arange(count, device=q.device)
+    near = gamma[:, None, None] ** (place[:, None] - place).clamp(min=0)  # [H, C, C]
+    blocks, keys, values = cut(q), cut(k), cut(v)
+    out = ((blocks @ keys.mT).tril() * near.unsqueeze(1)) @ values
+    from_start, to_end = (gamma[:, None, None, None] ** lags[:, None] for lags in (place + 1, chunk - 1 - place))
+    added = (keys * to_end).mT @ values  # [B, H, N, K, V]
+    if decay is None:
+        sums = torch.cat([torch.zeros_like(added[:, :, :1]), added], dim=2).cumsum(2)
+        before, after = sums[:, :, :count], sums[:, :, -1]
+    else:
+        lags = number[:, None] - number - 1  # whole chunks between the end of one and the start of another
+        far = (gamma[:, None, None] ** (chunk * lags.clamp(min=0))).masked_fill(lags < 0, 0)  # [H, N, N]
+        before = torch.einsum("hnm,bhmkv->bhnkv", far, added)
+        after = torch.einsum("hm,bhmkv->bhkv", gamma[:, None] ** (chunk * number.flip(0)), added)
+    out = out + (blocks * from_start) @ before
+    out = out.permute(0, 2, 3, 1, 4).reshape(batch, count * chunk, heads, v.shape[3])[:, count * chunk - length :]
+    if state is not None:
+        time = torch.arange(length, device=q.device)
+        out = out + torch.einsum("ht,bthk,bhkv->bthv", gamma[:, None] ** (time + 1), q, state)
+        after = after + (gamma**length)[:, None, None] * state
+    return out, after
 
 
 def bidirectional(

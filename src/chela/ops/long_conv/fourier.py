@@ -64,6 +64,17 @@ def fft_conv(history: Tensor, kernel: Tensor, reverse: Tensor, length: int) -> T
     return torch.ops.chela.fft_conv.default(history, kernel, reverse, length)
 
 
+def plain_fft_conv(history: Tensor, kernel: Tensor, reverse: Tensor, length: int) -> Tensor:
+    """The same in torch's own ops alone, for an exported graph: of any length, and it runs where chela is not.
+
+    There are points enough for kernels longer than their reach.
+    """
+    end, wide = history.shape[1], wide_dtype(history.dtype)
+    n = end + kernel.shape[1] + reverse.shape[1]
+    product = spectrum(history, 0, n) * kernel_spectrum(kernel, reverse, n, wide)
+    return torch.fft.irfft(product, n)[..., end - length : end].mT.to(history.dtype)
+
+
 # Registered by schema, not by torch.library.custom_op: that loads the compiler, 1.7 s, when the op is first called.
 _TAG = torch.Tag.pt2_compliant_tag
 _INPUTS = "Tensor history, Tensor kernel, Tensor reverse, SymInt length"

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from chela.ops.long_conv.fourier import fft_conv
+from chela.ops.long_conv.fourier import fft_conv, plain_fft_conv
 from chela.ops.long_conv.history import with_history, within_reach
 from chela.ops.precision import wide_dtype
 from chela.ops.short_conv import reference as short_conv
@@ -74,9 +74,14 @@ def grouped(
 
 
 def _convolve(history: Tensor, kernel: Tensor, reverse: Tensor, length: int) -> Tensor:
-    """Take the cheaper form."""
-    kernel, reverse = within_reach(history, kernel, reverse, length)
-    if kernel.shape[1] + reverse.shape[1] > FEW_LAGS:
-        return fft_conv(history, kernel, reverse, length)
+    """Take the cheaper form; where a graph is exported, one of torch's own ops, for any length."""
+    if torch.compiler.is_exporting():
+        few = kernel.shape[1] + reverse.shape[1] <= FEW_LAGS or (isinstance(length, int) and length == 1)
+        if not few:
+            return plain_fft_conv(history, kernel, reverse, length)
+    else:
+        kernel, reverse = within_reach(history, kernel, reverse, length)
+        if kernel.shape[1] + reverse.shape[1] > FEW_LAGS:
+            return fft_conv(history, kernel, reverse, length)
     wide = wide_dtype(history.dtype)
     return grouped(history.to(wide), kernel.to(wide), reverse.to(wide), length).to(history.dtype)
