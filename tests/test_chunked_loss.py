@@ -26,11 +26,11 @@ def plain(x, weight, bias, labels):
 
 
 class Watch(TorchDispatchMode):
-    """Names of all operations, and the most elements of any tensor they make."""
+    """Names of all operations, the elements of the tensors they make, and the most of any."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.names, self.elements = set(), 0
+        self.names, self.sizes, self.elements = set(), set(), 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -38,6 +38,7 @@ class Watch(TorchDispatchMode):
         for tensor in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(tensor, torch.Tensor):
                 self.elements = max(self.elements, tensor.numel())
+                self.sizes.add(tuple(tensor.shape))
         return out
 
 

@@ -17,7 +17,7 @@ from chela.training import NonFinite, evaluate, journal, train
 from chela.training.device import compute_type, pick_device
 from chela.training.guard import check_weights
 from chela.training.metrics import better
-from chela.training.step import clip_gradients, compute_gradients, dropout_seed
+from chela.training.step import Objective, clip_gradients, compute_gradients, dropout_seed
 from chela.training.stream import Source, Stream
 from test_checkpoint import assert_same_run, tree  # pyrefly: ignore
 from training_kit import CLASSES, LENGTH, VOCAB, make_run, make_task, run_tiny, tiny_task  # pyrefly: ignore
@@ -199,7 +199,7 @@ def test_any_slicing_gives_the_same_gradient(tmp_path, doubles, kind):
         model = build(run.model)
         share = Source(task, replace(run, train=replace(run.train, accumulate=parts))).share(3)
         assert len(share.parts) == parts
-        scores.append(compute_gradients(model, share.parts, share.targets, 0, 3, CPU, torch.float32))
+        scores.append(compute_gradients(Objective(model), share.parts, share.targets, 0, 3, CPU, torch.float32))
         gradients.append(torch.cat([g.flatten() for g in gradients_of(model)]))
     # float64: a few hundred rounded additions of numbers no larger than the largest gradient
     for gradient, score in zip(gradients, scores, strict=True):
@@ -213,7 +213,7 @@ def test_the_gradient_is_that_of_the_mean_over_the_global_batch(tmp_path, double
     torch.manual_seed(0)
     model = build(run.model)
     share = Source(task, run).share(0)
-    compute_gradients(model, share.parts, share.targets, 0, 0, CPU, torch.float32)
+    compute_gradients(Objective(model), share.parts, share.targets, 0, 0, CPU, torch.float32)
     sliced = [g.clone() for g in gradients_of(model)]
     model.zero_grad()
     whole = task.train.batch(indices_at(len(task.train), 8, 0, run.seed))
@@ -262,7 +262,7 @@ def test_dropout_is_seeded_by_step_rank_and_part_alone(tmp_path):
 
     def loss(step: int) -> float:
         torch.rand(5)  # whatever happened to the generator before
-        return float(compute_gradients(model, share.parts, 8, 0, step, CPU, torch.float32)[0])
+        return float(compute_gradients(Objective(model), share.parts, 8, 0, step, CPU, torch.float32)[0])
 
     assert loss(1) == loss(1) != loss(2)
 
@@ -283,7 +283,7 @@ def test_bfloat16_computes_low_and_keeps_float32(tmp_path):
     seen = []
     model.head.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
     share = Source(make_task(), run).share(0)
-    compute_gradients(model, share.parts, 8, 0, 0, CPU, compute_type("bfloat16", CPU))
+    compute_gradients(Objective(model), share.parts, 8, 0, 0, CPU, compute_type("bfloat16", CPU))
     assert seen == [torch.bfloat16]
     assert all(p.dtype == torch.float32 for p in [*model.parameters(), *gradients_of(model)])
     assert run_tiny(run)[0].status == "done"
@@ -336,6 +336,8 @@ class Bytes:
 
 
 class Uniform(nn.Module):
+    config = ModelConfig(kind="causal-lm", causal=True, vocab=256)
+
     def forward(self, inputs, mask):
         return torch.zeros(*inputs.shape, 256)
 

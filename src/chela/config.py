@@ -180,8 +180,18 @@ class TrainConfig:
     """Batches whose sequences are sorted by length together, so that a batch holds like lengths; 0 sorts nothing."""
     pad_multiple: int = 1
     """Sequences are padded to a multiple of this many steps: fewer different lengths to compile and record for."""
+    length_warmup: int = 0
+    """Steps over which the windows of a language model double from first_length to their full length, in equal stages;
+    the tokens a step stay the same. 0 starts with full windows."""
+    first_length: int = 256
+    """Length of the first windows of a length warm-up, or a little more, as halving the full length allows."""
+    carry_state: bool = False
+    """Each row of the batch reads on where it stopped, with the state of the step before (a language model's, cut from
+    its gradient: truncated backpropagation through time)."""
     accumulate: int = 1
     """Slices a process cuts its share of the batch into, to save memory."""
+    checkpoint_blocks: bool = False
+    """Keep only the input of each block for the backward pass and compute the block again, to save memory."""
     eval_every: int = 100
     """Steps between validations; the best one's weights are kept."""
     eval_batch_size: int = 0
@@ -212,6 +222,7 @@ class TrainConfig:
             "steps",
             "batch_size",
             "pad_multiple",
+            "first_length",
             "accumulate",
             "eval_every",
             "save_every",
@@ -219,8 +230,16 @@ class TrainConfig:
             "log_every",
         ):
             _require(getattr(self, name) >= 1, f"train.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("bucket_batches", "eval_batch_size", "eval_examples", "chance_after"):
+        for name in ("bucket_batches", "length_warmup", "eval_batch_size", "eval_examples", "chance_after"):
             _require(getattr(self, name) >= 0, f"train.{name} must not be negative, got {getattr(self, name)}")
+        _require(
+            not (self.length_warmup and self.carry_state),
+            "train.length_warmup cuts rows in pieces, train.carry_state reads on in each row: take one of them",
+        )
+        _require(
+            self.pad_multiple == 1 or not self.carry_state,
+            f"train.pad_multiple is {self.pad_multiple}: train.carry_state takes no padding, set it to 1",
+        )
         seconds(self.time_limit)
 
 

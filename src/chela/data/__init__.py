@@ -10,6 +10,7 @@ from chela.data.batch import FixedSplit as FixedSplit
 from chela.data.batch import FixedTokens as FixedTokens
 from chela.data.batch import Split as Split
 from chela.data.batch import StreamSplit as StreamSplit
+from chela.data.order import consecutive_at as consecutive_at
 from chela.data.order import indices_at as indices_at
 from chela.data.ragged import PairSplit as PairSplit
 from chela.data.ragged import RaggedReal as RaggedReal

@@ -1,7 +1,7 @@
 """A batch, and the kinds of split that make one from indices."""
 
 from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ class Batch:
     """The other side of a pair."""
     second_mask: Bool[Tensor, "b t2"] | None = None
     """Its real positions."""
+    fresh: Bool[Tensor, " b"] | None = None
+    """Where states are carried from step to step: True in rows that begin anew."""
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """Move every tensor to a device."""
@@ -97,6 +99,8 @@ def pixels(raw: np.ndarray, labels: np.ndarray, encoding: str, shift: float, sca
 class StreamSplit:
     """Windows of one long token stream, side by side, for next-token prediction."""
 
+    consecutive: ClassVar[bool] = True
+    """Each window goes on where the one before ends: a state can be carried from one to the next."""
     tokens: np.ndarray
     """The stream, [total]."""
     window: int

@@ -35,6 +35,27 @@ def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
+def consecutive_at(n: int, batch_size: int, step: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of a step's batch where every row reads on: its window is the one after that of the step before.
+
+    The rows start evenly spread over the stream, turned by the seed, and each goes through all of it, from the end to
+    the beginning.
+
+    Args:
+        n: number of windows.
+        batch_size: rows.
+        step: number of the step, from 0.
+        seed: seed of the run.
+
+    Returns:
+        The windows, int64 [batch_size], and which rows begin anew, bool [batch_size]: all at step 0, later those at
+        the first window of the stream.
+    """
+    turn = int(np.random.default_rng([seed, n]).integers(n))
+    windows = (turn + np.arange(batch_size) * n // batch_size + step) % n
+    return windows, (windows == 0) | (step == 0)
+
+
 def random_split(*sizes: int) -> list[np.ndarray]:
     """Parts of range(sum(sizes)), int64 each, as torch's `random_split` draws them with a generator of seed 42.
 

@@ -1,8 +1,9 @@
 """Checkpoints: everything a run needs to go on bit by bit, in one folder a step, written whole or not at all.
 
 checkpoint/step-00001200/ holds model.safetensors, optimizer.safetensors, state.json (step, best so far, settings),
-best.safetensors (the weights of the best validation, the same file as the run's model.safetensors) and SHA256SUMS,
-which `sha256sum -c` reads too. Nothing in it is code.
+best.safetensors (the weights of the best validation, the same file as the run's model.safetensors), carried.safetensors
+(the state of each row, where it is carried from step to step) and SHA256SUMS, which `sha256sum -c` reads too. Nothing
+in it is code.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 import chela
 from chela.config import RunConfig
 from chela.record import differences, from_dict, to_dict
+from chela.training.carry import Carried
 from chela.training.files import same_file, sync_folder, write_synced
 
 SUMS = "SHA256SUMS"
@@ -72,7 +74,13 @@ def refuse_conflicts(old: RunConfig, new: RunConfig, folder: Path) -> None:
 
 
 def save_checkpoint(
-    folder: Path, run: RunConfig, model: nn.Module, optimizer: torch.optim.Optimizer, state: State, best: Path
+    folder: Path,
+    run: RunConfig,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: State,
+    best: Path,
+    carried: Carried | None = None,
 ) -> None:
     """Write checkpoint `state.step` in `folder` and delete all but the last `run.train.keep`.
 
@@ -83,6 +91,7 @@ def save_checkpoint(
         optimizer: its averages.
         state: the rest.
         best: weights of the best validation; linked into the checkpoint if `state.best` is set.
+        carried: the state of the rows, if it is carried from step to step.
     """
     aside = folder / f"{_name(state.step)}.tmp"
     aside.mkdir(parents=True)
@@ -92,6 +101,8 @@ def save_checkpoint(
         "optimizer.safetensors": _pack(_averages(model, optimizer)),
         "state.json": json.dumps(record, indent=1, allow_nan=False).encode(),
     }
+    if carried is not None:
+        contents["carried.safetensors"] = _pack(carried.to_tensors())
     for name, content in contents.items():
         write_synced(aside / name, content)
     if state.best is not None:
@@ -138,8 +149,10 @@ def verify(checkpoint: Path) -> tuple[State, RunConfig]:
     raise ValueError(f"{damaged} is missing, truncated or edited: delete the folder {checkpoint} to {then}")
 
 
-def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put a verified checkpoint's weights and averages into a model and its optimiser, bit by bit.
+def restore(
+    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, carried: Carried | None = None
+) -> None:
+    """Put a verified checkpoint's weights, averages and carried state back in their places, bit by bit.
 
     Raises:
         ValueError: the tensors do not fit the model.
@@ -157,6 +170,8 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
         if name not in parameters or (kind != "step" and value.shape != parameters[name].shape):
             raise ValueError(misfit)
         optimizer.state[parameters[name]][kind] = value.to(parameters[name].device)
+    if carried is not None and not carried.load(_unpack(checkpoint / "carried.safetensors")):
+        raise ValueError(misfit)
 
 
 def _name(step: int) -> str:

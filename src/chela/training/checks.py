@@ -27,6 +27,10 @@ def check_run(run: RunConfig, task: Task) -> None:
             f"sequences of up to {task.max_length} tokens are longer than model.kernel_length {model.kernel_length}; "
             f"set --model.kernel-length {task.max_length} or cut with --data.max-length {model.kernel_length}"
         )
+    if run.train.length_warmup and task.kind != "causal-lm":
+        raise ValueError(f"train.length_warmup cuts sequences in pieces: task {task.name} needs them whole")
+    if run.train.carry_state:
+        _check_carried(run, task)
     shares = distributed.size() * run.train.accumulate
     if run.train.batch_size % shares:
         raise ValueError(
@@ -36,3 +40,18 @@ def check_run(run: RunConfig, task: Task) -> None:
     for name, split in (("training", task.train), ("validation", task.val), ("test", task.test)):
         if not len(split):
             raise ValueError(f"task {task.name} has no {name} examples")
+
+
+def _check_carried(run: RunConfig, task: Task) -> None:
+    if not getattr(task.train, "consecutive", False):
+        raise ValueError(
+            f"train.carry_state reads on from window to window, but the examples of task {task.name} do not follow "
+            "each other: set --train.no-carry-state"
+        )
+    if distributed.size() > 1:
+        raise ValueError("train.carry_state runs in one process: start it without torchrun, or --train.no-carry-state")
+    if len(task.train) < run.train.batch_size:
+        raise ValueError(
+            f"train.carry_state gives each of {run.train.batch_size} rows a stretch of its own, but task "
+            f"{task.name} has {len(task.train)} windows: set a smaller --train.batch-size or --data.max-length"
+        )

@@ -14,6 +14,7 @@ from chela.data import Task, load_task
 from chela.models import build, save_model
 from chela.models.files import read_weights
 from chela.training import distributed, metrics
+from chela.training.carry import Carried
 from chela.training.checkpoint import restore, save_checkpoint
 from chela.training.checks import check_run
 from chela.training.device import compute_type, deterministic
@@ -23,7 +24,7 @@ from chela.training.interrupt import Interrupt
 from chela.training.journal import Journal, surroundings
 from chela.training.optim import make_optimizer, schedule, set_rate
 from chela.training.progress import Display
-from chela.training.step import compute_gradients
+from chela.training.step import Objective, compute_gradients
 from chela.training.stream import Source, Stream
 from chela.training.update import compile_blocks, make_update, uncompiled
 
@@ -91,9 +92,11 @@ class Trainer:
         torch.manual_seed(run.seed)
         self.model = build(run.model).to(device)
         self.optimizer = make_optimizer(self.model, run.optim)
+        self.model.backbone.checkpoint_blocks = run.train.checkpoint_blocks
+        self.carried = Carried(self.model, run.train.batch_size, self.dtype) if run.train.carry_state else None
         self.state = found.state
         if found.checkpoint:
-            restore(folder.checkpoints / found.checkpoint, self.model, self.optimizer)
+            restore(folder.checkpoints / found.checkpoint, self.model, self.optimizer, self.carried)
         if device.type == "cuda" and run.train.compile:
             compile_blocks(self.model)
         self.sums = torch.tensor(self.state.sums, dtype=torch.float64, device=device)  # loss, hits, gradient norm
@@ -117,7 +120,7 @@ class Trainer:
         with (
             Interrupt(deadline) as interrupt,
             Stream(self.source, run.train.steps, self.device) as stream,
-            make_update(self.model, self.optimizer, self.guard, self.sums, run, self.dtype) as update,
+            make_update(self.model, self.optimizer, self.guard, self.sums, run, self.dtype, self.carried) as update,
             self.display.live(state.step),
         ):
             while state.step < run.train.steps:
@@ -217,7 +220,9 @@ class Trainer:
         state.sums, state.seconds = self.sums.tolist(), time.monotonic() - self.began
         self.journal.sync()
         distributed.on_main(
-            lambda: save_checkpoint(folder.checkpoints, self.run, self.model, self.optimizer, state, folder.weights)
+            lambda: save_checkpoint(
+                folder.checkpoints, self.run, self.model, self.optimizer, state, folder.weights, self.carried
+            )
         )
         self.saved = state.step
 
@@ -257,7 +262,9 @@ class Trainer:
         targets = int(distributed.sum_over_ranks(torch.tensor(share.targets)))
 
         def backward() -> torch.Tensor:
-            return compute_gradients(self.model, share.parts, targets, self.run.seed, step, self.device, self.dtype)[0]
+            objective, seed = Objective(self.model), self.run.seed
+            place, dtype, carried = self.device, self.dtype, self.carried  # whose state is still that before the step
+            return compute_gradients(objective, share.parts, targets, seed, step, place, dtype, carried)[0]
 
         with uncompiled(self.model):
             finding = explain(self.model, share.parts, backward)

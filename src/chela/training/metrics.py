@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from chela.config import ModelConfig
 from chela.data import Batch, Split
+from chela.models import CausalLM, ChelaState
 from chela.training import distributed
 
 Kind = Literal["classifier", "two-tower", "causal-lm"]
@@ -29,6 +31,26 @@ def score(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits = logits.float()
     loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
     return loss, (logits.detach().argmax(-1) == labels).sum()
+
+
+def loss_and_hits(
+    model: nn.Module, batch: Batch, state: ChelaState | None = None
+) -> tuple[Tensor, Tensor, ChelaState | None]:
+    """Sum of the loss and number of hits of a batch; a language model's logits never all lie in memory.
+
+    With a state, a language model reads on from it, and the state after the batch comes third.
+    """
+    if isinstance(model, CausalLM):
+        return model.loss(batch.inputs, batch.labels, batch.mask, state=state, return_state=state is not None)
+    assert state is None
+    return *score(forward(model, batch), batch.labels), None
+
+
+def outputs(model: nn.Module) -> int:
+    """How many answers a model chooses among: symbols or classes."""
+    config = model.config
+    assert isinstance(config, ModelConfig)
+    return config.vocab if config.kind == "causal-lm" else config.classes
 
 
 def targets(batch: Batch) -> int:
@@ -90,16 +112,13 @@ def evaluate(
     was_training = model.training
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    count = vocab = 0
+    count = 0
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         for start in range(distributed.rank() * batch_size, len(chosen), distributed.size() * batch_size):
             batch = split.batch(chosen[start : start + batch_size])
             count += targets(batch)
-            here = batch.to(device)
-            logits = forward(model, here)
-            vocab = logits.shape[-1]
-            check_labels(batch, vocab)
-            loss, hits = score(logits, here.labels)
+            check_labels(batch, outputs(model))
+            loss, hits, _ = loss_and_hits(model, batch.to(device))
             sums += torch.stack([loss.double(), hits.double()])
     model.train(was_training)
     loss, hits = distributed.sum_over_ranks(sums).tolist()
@@ -107,7 +126,7 @@ def evaluate(
     result = {"loss": loss / max(count, 1), "accuracy": hits / max(count, 1), "count": count}
     if kind == "causal-lm":
         result["perplexity"] = math.exp(min(result["loss"], 700.0))
-        if vocab == 256:
+        if outputs(model) == 256:
             result["bits_per_byte"] = result["loss"] / math.log(2)
     return result
 

@@ -8,18 +8,33 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from chela.data import Batch
+from chela.models import ChelaState
 from chela.training import distributed
-from chela.training.metrics import forward, score
+from chela.training.carry import Carried
+from chela.training.metrics import loss_and_hits
+
+
+class Objective(nn.Module):
+    """A model together with its loss: what DDP wraps, since it must see all of a forward pass."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, state: ChelaState | None = None) -> tuple[Tensor, Tensor, ChelaState | None]:
+        """Loss, hits and state of `loss_and_hits`."""
+        return loss_and_hits(self.model, batch, state)
 
 
 def compute_gradients(
-    model: nn.Module,
+    objective: nn.Module,
     parts: list[Batch],
     targets: int,
     seed: int,
     step: int,
     device: torch.device,
     dtype: torch.dtype,
+    carried: Carried | None = None,
 ) -> Tensor:
     """Leave the gradient of the mean loss over the global batch in the parameters.
 
@@ -27,13 +42,14 @@ def compute_gradients(
     over processes, hence the factor of the world size.
 
     Args:
-        model: wrapped by DDP or not.
+        objective: wrapped by DDP or not.
         parts: this process's slices, on the CPU.
         targets: labels that count in the global batch.
         seed: of the run; with step, rank and part it seeds dropout, so a resumed run needs to know the step alone.
         step: number of the step.
         device: where to compute.
         dtype: compute type; bfloat16 runs under autocast, parameters and loss stay float32.
+        carried: the state that the rows begin with; it is handed what comes after them.
 
     Returns:
         Sum of the loss and number of hits of this process, float64 [2] on `device`.
@@ -42,27 +58,38 @@ def compute_gradients(
     for number, part in enumerate(parts):
         last = number + 1 == len(parts)
         torch.manual_seed(dropout_seed(seed, step, distributed.rank(), number))
-        alone = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
+        alone = objective.no_sync() if isinstance(objective, DistributedDataParallel) and not last else nullcontext()
         with alone:
             batch = part.to(device, non_blocking=True)
-            sums += add_gradients(model, batch, distributed.size() / max(targets, 1), dtype)
+            sums += add_gradients(objective, batch, distributed.size() / max(targets, 1), dtype, carried, number)
     return sums
 
 
-def add_gradients(model: nn.Module, batch: Batch, weight: float | Tensor, dtype: torch.dtype) -> Tensor:
+def add_gradients(
+    objective: nn.Module,
+    batch: Batch,
+    weight: float | Tensor,
+    dtype: torch.dtype,
+    carried: Carried | None = None,
+    part: int = 0,
+) -> Tensor:
     """Add the gradient of `weight` times the summed loss of one slice to the parameters' gradients.
 
     Args:
-        model: wrapped by DDP or not.
+        objective: wrapped by DDP or not.
         batch: on the model's device.
         weight: of the sum; a tensor where a CUDA graph must see it change.
         dtype: compute type; bfloat16 runs under autocast.
+        carried: the state that the rows begin with; it is handed what comes after them.
+        part: number of the slice.
 
     Returns:
         Sum of the loss and number of hits, float64 [2].
     """
     with torch.autocast(batch.inputs.device.type, dtype, enabled=dtype != torch.float32):
-        loss, hits = score(forward(model, batch), batch.labels)
+        loss, hits, after = objective(batch, None if carried is None else carried.before(batch, part))
+    if carried is not None and after is not None:
+        carried.after(after)
     (loss * weight).backward()
     return torch.stack([loss.detach().double(), hits.double()])
 

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from chela.config import RunConfig
-from chela.data import Batch, Task, indices_at
+from chela.data import Batch, Task, consecutive_at, indices_at
 from chela.data.buckets import Buckets
 from chela.training import distributed
 from chela.training.metrics import IGNORED, check_labels, check_tokens, targets
+from chela.training.warmup import cut, pieces_at
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,14 @@ class Source:
             ValueError: a token or label out of range.
         """
         run = self._run
-        mine = self._indices(step).reshape(distributed.size(), run.train.accumulate, -1)[distributed.rank()]
+        indices, fresh = self._indices(step)
+        mine = indices.reshape(distributed.size(), run.train.accumulate, -1)[distributed.rank()]
         parts = [self._task.train.batch(part) for part in mine]
+        if fresh is not None:
+            rows = torch.from_numpy(fresh).view(mine.shape)
+            parts = [replace(part, fresh=new) for part, new in zip(parts, rows, strict=True)]
+        if run.train.length_warmup:
+            parts = [cut(part, pieces_at(run.train, part.inputs.shape[1], step)) for part in parts]
         for part in parts:
             check_tokens(part, run.model.vocab)
             check_labels(part, run.model.vocab if run.model.kind == "causal-lm" else run.model.classes)
@@ -56,10 +63,12 @@ class Source:
         longest = run.model.kernel_length if run.model.kind != "causal-lm" else 0
         return Share([pad(part, run.train.pad_multiple, longest) for part in parts], count, tokens)
 
-    def _indices(self, step: int) -> np.ndarray:
-        if self._buckets is not None:
-            return self._buckets.at(step)
-        return indices_at(len(self._task.train), self._run.train.batch_size, step, self._run.seed)
+    def _indices(self, step: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """The examples of a step's global batch and, where states are carried, which rows begin anew."""
+        order = len(self._task.train), self._run.train.batch_size, step, self._run.seed
+        if self._run.train.carry_state:
+            return consecutive_at(*order)
+        return indices_at(*order) if self._buckets is None else self._buckets.at(step), None
 
 
 class Stream:

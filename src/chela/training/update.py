@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from chela.config import RunConfig
 from chela.data import Batch
 from chela.training import distributed
+from chela.training.carry import Carried
 from chela.training.guard import Guard
-from chela.training.step import add_gradients, clip_gradients, compute_gradients, dropout_seed
+from chela.training.step import Objective, add_gradients, clip_gradients, compute_gradients, dropout_seed
 from chela.training.stream import Share
 
 Update = Callable[[Share, int, int], None]
@@ -26,12 +27,18 @@ Update = Callable[[Share, int, int], None]
 
 @contextmanager
 def make_update(
-    model: nn.Module, optimizer: torch.optim.Optimizer, guard: Guard, sums: Tensor, run: RunConfig, dtype: torch.dtype
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    guard: Guard,
+    sums: Tensor,
+    run: RunConfig,
+    dtype: torch.dtype,
+    carried: Carried | None = None,
 ) -> Iterator[Update]:
     """The update that fits the device and the settings.
 
     A CUDA graph holds the update of one process that takes its batch in one piece; elsewhere kernels are launched one
-    by one.
+    by one. So they are where blocks are computed again with dropout: a graph cannot set back the generator for it.
 
     Args:
         model: on its device.
@@ -40,13 +47,15 @@ def make_update(
         sums: loss, hits and gradient norm so far, float64 [3], on the device; each update adds its own.
         run: every setting.
         dtype: compute type.
+        carried: the rows' state, where it is carried from step to step.
     """
     device = sums.device
     whole = distributed.size() == 1 and run.train.accumulate == 1
-    if device.type == "cuda" and run.train.compile and whole:
-        yield GraphedUpdate(model, optimizer, guard, sums, run, dtype)
+    drawn_again = run.train.checkpoint_blocks and (run.model.dropout > 0 or run.model.tap_dropout > 0)
+    if device.type == "cuda" and run.train.compile and whole and not drawn_again:
+        yield GraphedUpdate(model, optimizer, guard, sums, run, dtype, carried)
         return
-    update = PlainUpdate(model, optimizer, guard, sums, run, dtype)
+    update = PlainUpdate(model, optimizer, guard, sums, run, dtype, carried)
     try:
         yield update
     finally:
@@ -64,18 +73,21 @@ class PlainUpdate:
         sums: Tensor,
         run: RunConfig,
         dtype: torch.dtype,
+        carried: Carried | None = None,
     ) -> None:
         self.model, self.optimizer, self.guard, self.sums = model, optimizer, guard, sums
-        self.run, self.dtype = run, dtype
-        self.parallel: nn.Module | None = distributed.wrap(model, sums.device)
+        self.run, self.dtype, self.carried = run, dtype, carried
+        self.parallel: nn.Module | None = distributed.wrap(Objective(model), sums.device)
 
     def __call__(self, share: Share, targets: int, step: int) -> None:
         """Update the weights with this process's share."""
         assert self.parallel is not None
         seed, device = self.run.seed, self.sums.device
-        scores = compute_gradients(self.parallel, share.parts, targets, seed, step, device, self.dtype)
+        scores = compute_gradients(self.parallel, share.parts, targets, seed, step, device, self.dtype, self.carried)
         distributed.sum_over_ranks(scores)
-        apply_gradients(self.model, self.optimizer, self.guard, self.sums, self.run.optim.clip, scores, step)
+        bad = apply_gradients(self.model, self.optimizer, self.guard, self.sums, self.run.optim.clip, scores, step)
+        if self.carried is not None:
+            self.carried.keep(bad)
 
     def release(self) -> None:
         """Let go of DDP, which holds on to the process group, also where a traceback holds on to this update."""
@@ -90,14 +102,20 @@ def apply_gradients(
     clip: float,
     scores: Tensor,
     step: int | Tensor,
-) -> None:
-    """Clip, update (unless a step so far was not finite) and forget the gradients; add scores and norm to the sums."""
+) -> Tensor:
+    """Clip, update (unless a step so far was not finite) and forget the gradients; add scores and norm to the sums.
+
+    Returns:
+        1 (no update) or 0, on the device.
+    """
     loss, hits = scores
     norm = clip_gradients(model, clip)
-    optimizer.found_inf = guard.watch(step, loss, norm)  # pyrefly: ignore
+    bad = guard.watch(step, loss, norm)
+    optimizer.found_inf = bad  # pyrefly: ignore
     optimizer.step()
     optimizer.zero_grad()
     sums += torch.stack([loss, hits, norm.double()])
+    return bad
 
 
 @dataclass(frozen=True)
@@ -121,9 +139,11 @@ class GraphedUpdate:
         sums: Tensor,
         run: RunConfig,
         dtype: torch.dtype,
+        carried: Carried | None = None,
     ) -> None:
         self.model, self.optimizer, self.guard, self.sums = model, optimizer, guard, sums
-        self.run, self.dtype = run, dtype
+        self.run, self.dtype, self.carried = run, dtype, carried
+        self.objective = Objective(model)
         self.step = torch.zeros((), dtype=torch.float64, device=sums.device)
         self.weight = torch.zeros((), device=sums.device)  # of each target in the loss
         self.recordings: dict[tuple[torch.Size | None, ...], Recording] = {}
@@ -145,8 +165,11 @@ class GraphedUpdate:
         recording.graph.replay()
 
     def _update(self, batch: Batch) -> None:
-        scores = add_gradients(self.model, batch, self.weight, self.dtype)
-        apply_gradients(self.model, self.optimizer, self.guard, self.sums, self.run.optim.clip, scores, self.step)
+        scores = add_gradients(self.objective, batch, self.weight, self.dtype, self.carried)
+        clip = self.run.optim.clip
+        bad = apply_gradients(self.model, self.optimizer, self.guard, self.sums, clip, scores, self.step)
+        if self.carried is not None:
+            self.carried.keep(bad)
 
     def _record(self, part: Batch) -> Recording:
         """Take a step that compiles whatever it meets, undo it, and record the next."""
@@ -172,14 +195,17 @@ class GraphedUpdate:
     def _state(self) -> list[Tensor]:
         """Whatever an update changes."""
         averages = [value for state in self.optimizer.state.values() for value in state.values()]
-        return [*self.model.parameters(), *self.model.buffers(), *averages, self.sums, self.guard.bad_step]
+        carried = [] if self.carried is None else self.carried.state.tensors()
+        return [*self.model.parameters(), *self.model.buffers(), *averages, self.sums, self.guard.bad_step, *carried]
 
 
 def compile_blocks(model: nn.Module) -> None:
     """Compile the model's blocks, one program for all of them and for every length.
 
-    Weights and their names stay as they are.
+    Weights and their names stay as they are. Kernels of flash-linear-attention cannot be traced and stay uncompiled.
     """
+    if model.backbone.config.mixer == "gla":  # pyrefly: ignore
+        return
     for block in model.backbone.blocks:  # pyrefly: ignore
         block.compile(fullgraph=True, dynamic=True)
 
