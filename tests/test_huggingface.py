@@ -17,12 +17,12 @@ import torch
 from torch.nn import functional as F
 
 import chela
-from chela.config import DataConfig, ModelConfig
+from chela.config import DataConfig, ModelConfig, RunConfig
 from chela.data import digits
 from chela.evaluation.generate import generate
-from chela.models import build, load_model
+from chela.models import build, load_model, save_model
 from chela.ops.testing import relative_error
-from chela.record import load_toml
+from chela.record import load_toml, save_toml
 from cli_kit import chela as command  # pyrefly: ignore
 from cli_kit import succeed, train_bytes, train_digits, write_texts  # pyrefly: ignore
 
@@ -50,6 +50,7 @@ from chela.models.hf import (
     ChelaModel,
     byte_tokenizer,
     register,
+    run_tokenizer,
 )
 
 LM = ModelConfig(
@@ -276,6 +277,37 @@ def test_a_classifier_run_reads_real_values(tmp_path):
         model(torch.zeros(2, 64, dtype=torch.long))
 
 
+def test_a_run_with_a_tokenizer_of_its_own(tmp_path):
+    """Its tokens are the tokenizer's, `generate` stops behind a document, and both come back."""
+    from chela.data.tokenizer import load_coder, train_tokenizer
+
+    text = "the cat sat on the mat. the dog ate the cat's hat. " * 20
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tokenizer.json").write_text(train_tokenizer([text.encode()], 300))
+    tokenizer = run_tokenizer(tmp_path / "run")
+    assert len(tokenizer(text)["input_ids"]) < len(text) / 3
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    config = replace(LM, vocab=len(tokenizer))
+    save_model(build(config), tmp_path / "run" / "model.safetensors")
+    save_toml(RunConfig(model=config), tmp_path / "run" / "config.toml")
+    model: Any = ChelaForCausalLM.from_run(tmp_path / "run")
+    end = tokenizer.eos_token_id
+    assert model.generation_config.eos_token_id == model.generation_config.pad_token_id == end == 0
+    with torch.no_grad():
+        model.chela.head.bias[end] += 100
+    assert model.generate(torch.tensor([[5, 6]]), max_new_tokens=9).tolist() == [[5, 6, 0]]
+    model.save_pretrained(tmp_path / "hf")
+    tokenizer.save_pretrained(tmp_path / "hf")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").generation_config.eos_token_id == end
+    back: Any = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert back(text)["input_ids"] == tokenizer(text)["input_ids"]
+    model.save_run(tmp_path / "back", tokenizer=back)
+    assert load_coder(tmp_path / "back", config.vocab).encode(text.encode()).tolist() == back(text)["input_ids"]
+    (tmp_path / "run" / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is damaged"):
+        run_tokenizer(tmp_path / "run")
+
+
 # Generation
 
 
@@ -444,6 +476,23 @@ def test_labels_give_the_loss_of_the_next_token():
     torch.testing.assert_close(model(tokens, labels=labels, num_items_in_batch=2 * count).loss, wanted / 2)
     packed = model(tokens.view(1, 24), cu_seqlens=torch.tensor([0, 12, 24], dtype=torch.int32)).logits
     assert relative_error(packed.view(2, 12, 20), out.logits) < 1e-5
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    tokens, found = torch.randint(20, (2, 30)), []
+    for checkpointed in (False, True):
+        model = make_lm().double().train()
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+        assert model.is_gradient_checkpointing == model.chela.backbone.checkpoint_blocks == checkpointed
+        model(tokens, labels=tokens).loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-12, atol=1e-14)
+    model.gradient_checkpointing_disable()
+    assert not model.is_gradient_checkpointing
+    with pytest.raises(ValueError, match="leave options out"):
+        model.gradient_checkpointing_enable({"use_reentrant": True})
 
 
 def test_labels_give_the_loss_of_a_class():

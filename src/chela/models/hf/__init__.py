@@ -1,4 +1,4 @@
-"""CHELA in Hugging Face transformers: config, models, cache and a byte tokenizer, without remote code.
+"""CHELA in Hugging Face transformers: config, models, cache and tokenizers, without remote code.
 
 The only place that imports transformers (`pip install 'chela[hf]'`). After one call of `register()` the Auto classes
 know the models. A checkpoint holds the weights of `chela.models` under one prefix, `chela.`, by the same names.
@@ -12,6 +12,7 @@ from chela.models.hf.causal_lm import ChelaForCausalLM as ChelaForCausalLM
 from chela.models.hf.classifier import ChelaForSequenceClassification as ChelaForSequenceClassification
 from chela.models.hf.config import ChelaConfig as ChelaConfig
 from chela.models.hf.tokenizer import byte_tokenizer as byte_tokenizer
+from chela.models.hf.tokenizer import run_tokenizer as run_tokenizer
 
 
 def register() -> None:

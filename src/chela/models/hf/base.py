@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.modeling_outputs import BaseModelOutput
 
 from chela.config import RunConfig
@@ -16,6 +16,7 @@ from chela.models.backbone import Backbone, merge
 from chela.models.build import build
 from chela.models.files import load_model, save_model
 from chela.models.hf.config import ChelaConfig, Kind
+from chela.models.hf.tokenizer import TOKENIZER
 from chela.ops.impl import Impl
 from chela.record import load_toml, save_toml
 
@@ -28,6 +29,7 @@ class ChelaPreTrainedModel(PreTrainedModel):
     base_model_prefix = "chela"
     _is_stateful = True  # methods of generation that take tokens back are refused
     _keep_in_fp32_modules_strict = ["kernel", "decay_logit"]  # noqa: RUF012 (what long sums and powers are made of)
+    supports_gradient_checkpointing = True
     _no_split_modules = ["ChelaBlock"]  # noqa: RUF012 (as transformers declares it)
 
     def init_weights(self) -> None:
@@ -36,11 +38,12 @@ class ChelaPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def initialize_weights(self) -> None:
         """Draw what a checkpoint did not hold, as the layers' constructors do."""
-        fresh = type(self)(self.config)
-        for name, value in [*fresh.named_parameters(), *fresh.named_buffers()]:
-            target = self.get_parameter_or_buffer(name)
-            if not getattr(target, "_is_hf_initialized", False):
-                target.copy_(value)
+        here = dict([*self.named_parameters(), *self.named_buffers()])
+        missing = [name for name, value in here.items() if not getattr(value, "_is_hf_initialized", False)]
+        if missing:
+            fresh = type(self)(self.config)
+            for name in missing:
+                here[name].copy_(fresh.get_parameter_or_buffer(name))
 
     def _backbone(self) -> Backbone:
         raise NotImplementedError
@@ -57,6 +60,30 @@ class ChelaPreTrainedModel(PreTrainedModel):
         backbone = self._backbone()
         backbone.embedding.tokens, backbone.embedding.vocab = value, value.num_embeddings
         backbone.config = replace(backbone.config, vocab=value.num_embeddings)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether training keeps each block's input alone and computes the block again for its gradient."""
+        return self._backbone().checkpoint_blocks
+
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Keep each block's input alone while training; no options.
+
+        Raises:
+            ValueError: an option other than transformers' defaults.
+        """
+        if (gradient_checkpointing_kwargs or {}).get("use_reentrant") or every_n_layers != 1 or offload:
+            raise ValueError("gradient checkpointing keeps the input of every block, not reentrant: leave options out")
+        self._backbone().checkpoint_blocks = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep everything."""
+        self._backbone().checkpoint_blocks = False
 
 
 class ChelaModel(ChelaPreTrainedModel):
@@ -131,13 +158,19 @@ class RunModel(ChelaPreTrainedModel):
         model.chela = load_model(folder / "model.safetensors", settings)
         return model.eval()
 
-    def save_run(self, folder: str | Path, run: RunConfig | None = None) -> None:
+    def save_run(
+        self,
+        folder: str | Path,
+        run: RunConfig | None = None,
+        tokenizer: PreTrainedTokenizerFast | None = None,
+    ) -> None:
         """Write a folder that chela's commands read: `chela generate`, and `chela eval` where `run` says the task.
 
         Args:
             folder: to be made, or without a run in it.
             run: the settings of data and training to write down (the model's own replace its model); None writes
                 chela's defaults.
+            tokenizer: what makes the tokens of the model; None says that they are bytes, or nothing of that kind.
 
         Raises:
             ValueError: the folder holds a run already.
@@ -147,6 +180,8 @@ class RunModel(ChelaPreTrainedModel):
             raise ValueError(f"{folder} holds a run already: name another folder")
         folder.mkdir(parents=True, exist_ok=True)
         save_model(self.chela, folder / "model.safetensors")
+        if tokenizer is not None:
+            (folder / TOKENIZER).write_text(tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
         save_toml(replace(run or RunConfig(), model=self.chela.config), folder / "config.toml")
 
 

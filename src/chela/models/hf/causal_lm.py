@@ -1,6 +1,7 @@
 """The causal language model: labels, cache, `generate`."""
 
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Int
@@ -12,6 +13,7 @@ from chela.models.causal_lm import CausalLM
 from chela.models.hf.base import RunModel, answer, as_mask
 from chela.models.hf.cache import ChelaCache
 from chela.models.hf.config import Kind
+from chela.models.hf.tokenizer import run_tokenizer
 from chela.ops.impl import Impl
 
 
@@ -21,6 +23,22 @@ class ChelaForCausalLM(RunModel, GenerationMixin):
     kind: ClassVar[Kind] = "causal-lm"
     accepts_loss_kwargs = True
     chela: CausalLM
+
+    @classmethod
+    def from_run(cls, folder: str | Path) -> Self:
+        """Read the best weights of a run of `chela train`, in evaluation mode.
+
+        Where the run's tokenizer has a token for the end of a document, `generate` stops at it.
+
+        Raises:
+            ValueError: not the folder of a run, its files are damaged, or its model is of another kind.
+        """
+        model = super().from_run(folder)
+        end = run_tokenizer(folder).eos_token_id
+        if end is not None:
+            assert model.generation_config is not None
+            model.generation_config.eos_token_id = model.generation_config.pad_token_id = end
+        return model
 
     def get_output_embeddings(self) -> nn.Module:
         """The head."""
