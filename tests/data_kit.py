@@ -10,10 +10,15 @@ import numpy as np
 import pytest
 
 from chela import data
+from chela.config import DataConfig
 
 load_task: Any = data.load_task  # its splits have the fields of their own kind
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def load(task, root, **options):
+    return load_task(DataConfig(task=task, root=root, **options))
 
 
 def shared(name):
@@ -42,6 +47,22 @@ def write_bytes(root):
     (root / "bytes").mkdir()
     for name in ("train", "valid", "test"):
         (root / "bytes" / f"{name}.txt").write_text("a line of text\n" * 100)
+
+
+def write_documents(root, documents=40):
+    (root / "bytes").mkdir()
+    for part in ("train", "valid", "test"):
+        rows = [
+            {"text": f"The {part} document {n} says that the best of times was {n * n}.\n"} for n in range(documents)
+        ]
+        (root / "bytes" / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_pg19(root, books=2):
+    for name in ("train", "validation", "test"):
+        (root / "pg19" / name).mkdir(parents=True)
+        for number in range(books):
+            (root / "pg19" / name / f"{number}.txt").write_text(f"Book {number} of {name}.\r\n")
 
 
 PAPERS = {"A": "first ä paper", "B": "second paper", "C": "third", "D": "x" * 12_000}

@@ -200,7 +200,7 @@ LINES = {
     "train image --data.encoding bytes": r"--data.encoding is bytes: image takes real or tokens",
     "train speech --data.rate 44100": r"--data.rate is 44100: speech takes 16000 or 8000",
     "train image --data.max-length 64": r"--data.max-length is 64: all sequences of image have the same length",
-    "train text --data.encoding words": r"--data.encoding is one of .*'bytes', 'characters', 'real', 'tokens'",
+    "train text --data.encoding words": r"--data.encoding is one of .*'bytes', 'bpe', 'characters', 'real', 'tokens'",
     "train digits --out file": r"file is a file, not a folder: give the run another --out",
     "eval": r"RUN is missing",
     "eval nowhere": r"nowhere/config.toml does not exist: is nowhere the folder of a run\?",

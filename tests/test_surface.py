@@ -57,7 +57,8 @@ OPTIONS = {
         " --model.short-width --model.kernel-length --model.kernel --model.taps-per-octave --model.branches"
         " --model.branch-norm --model.squash --model.tap-dropout --model.attention --model.attention-norm"
         " --model.decay --model.norm --model.prenorm --model.dropout --model.pooling --model.merged"
-        " --data.task --data.root --data.encoding --data.rate --data.max-length --data.min-length --data.examples"
+        " --data.task --data.root --data.encoding --data.vocab --data.packed --data.rate"
+        " --data.max-length --data.min-length --data.examples"
         " --data.distractors --data.seed"
         " --optim.lr --optim.kernel-lr --optim.weight-decay --optim.betas --optim.eps --optim.clip --optim.warmup"
         " --optim.schedule"
@@ -68,8 +69,8 @@ OPTIONS = {
         " --train.chance-after --train.device --train.dtype --train.compile --train.deterministic"
     ),
     "eval": "--split --data.root --batch-size --device",
-    "generate": "--prompt --max-new-tokens --temperature --top-k --top-p --seed --device",
-    "data": "--root --encoding --rate --max-length --min-length --examples --distractors --seed --show",
+    "generate": ("--prompt --max-new-tokens --temperature --top-k --top-p --repetition-penalty --stop --seed --device"),
+    "data": "--root --encoding --vocab --packed --rate --max-length --min-length --examples --distractors --seed --show",
     "bench": "--device --dtype --seconds --peers --out",
     "report": "--out",
     "doctor": "--root --selftest",
@@ -184,10 +185,14 @@ def test_options_of_every_command():
 
 
 def test_names_of_presets_and_tasks():
-    assert " ".join(PRESETS) == "digits listops-tiny lm-tiny listops text retrieval image pathfinder path-x speech"
+    assert " ".join(PRESETS) == (
+        "digits listops-tiny lm-tiny listops text retrieval image pathfinder path-x speech"
+        " lm-chela lm-transformer lm-gla lm-small"
+    )
     assert " ".join(TASKS) == (
         "digits listops text retrieval image pathfinder path-x image-colour speech speech-35 spoken-digits citations"
-        " bytes"
+        " bytes enwik8 text8 wikitext-2 wikitext-2-raw wikitext-103 wikitext-103-raw pg19 novels"
+        " tokens"
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-Encoding = Literal["", "bytes", "characters", "real", "tokens"]
+Encoding = Literal["", "bytes", "bpe", "characters", "real", "tokens"]
 
 
 def _require(holds: bool, message: str) -> None:
@@ -121,7 +121,13 @@ class DataConfig:
     root: Path = Path("~/.cache/chela")
     """Folder of downloaded and generated data."""
     encoding: Encoding = ""
-    """What a step is: byte or character of a text, pixel as real value or as token; empty takes the task's usual."""
+    """What a step is: byte or character of a text or a token of a byte-level BPE trained on it, pixel as real value or
+    as token; empty takes the task's usual."""
+    vocab: int = 0
+    """Symbols of the tokenizer that is trained, with encoding bpe; 0 takes 16,384."""
+    packed: bool = False
+    """Rows hold whole documents, each alone, instead of windows of one stream (language models); one longer than
+    max-length is cut into pieces."""
     rate: int = 0
     """Samples a second of recordings, 16000 or every second one, 8000; 0 takes the rate of the files."""
     max_length: int = 0
@@ -136,8 +142,12 @@ class DataConfig:
     """Seed of generated data and of splits that are not published; the seed of a run does not change them."""
 
     def __post_init__(self) -> None:
-        for name in ("rate", "max_length", "min_length", "examples", "distractors", "seed"):
+        for name in ("vocab", "rate", "max_length", "min_length", "examples", "distractors", "seed"):
             _require(getattr(self, name) >= 0, f"data.{name} must not be negative, got {getattr(self, name)}")
+        _require(
+            not 0 < self.vocab <= 256,
+            f"data.vocab is {self.vocab}, but all bytes and the end of a document take 257 symbols",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,6 +270,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        _require(
+            not (self.data.packed and self.train.length_warmup),
+            "train.length_warmup cuts windows, and data.packed has none: take one of them",
+        )
 
     @property
     def folder(self) -> Path:

@@ -136,6 +136,8 @@ def data(
     task: TaskName = "",
     root: Path = ROOT,
     encoding: Encoding = "",
+    vocab: int = 0,
+    packed: bool = False,
     rate: int = 0,
     max_length: int = 0,
     min_length: int = 0,
@@ -151,7 +153,10 @@ def data(
     Args:
         task: Name of the task.
         root: Folder of downloaded and generated data.
-        encoding: What a step is: byte or character of a text, pixel as real value or as token.
+        encoding: What a step is: byte or character of a text or a token of a BPE trained on it, pixel as real value
+            or as token.
+        vocab: Symbols of the tokenizer (encoding bpe).
+        packed: Rows hold whole documents (language models).
         rate: Samples a second of recordings.
         max_length: Cut sequences to this many tokens.
         min_length: Shortest tree (ListOps).
@@ -172,6 +177,8 @@ def data(
             task=task,
             root=root,
             encoding=encoding,
+            vocab=vocab,
+            packed=packed,
             rate=rate,
             max_length=max_length,
             min_length=min_length,

@@ -2,16 +2,33 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 from chela.config import DataConfig, Encoding
-from chela.data import byte_stream, digits, images, listops, pathfinder, retrieval, speech, spoken_digits, text
+from chela.data import (
+    corpora,
+    digits,
+    images,
+    language,
+    listops,
+    novels,
+    own_tokens,
+    pathfinder,
+    retrieval,
+    speech,
+    spoken_digits,
+    text,
+)
 from chela.data.batch import Batch as Batch
 from chela.data.batch import FixedSplit as FixedSplit
 from chela.data.batch import FixedTokens as FixedTokens
 from chela.data.batch import Split as Split
 from chela.data.batch import StreamSplit as StreamSplit
+from chela.data.batch import TextMeasure as TextMeasure
 from chela.data.order import consecutive_at as consecutive_at
 from chela.data.order import indices_at as indices_at
+from chela.data.packed import PackedSplit as PackedSplit
 from chela.data.ragged import PairSplit as PairSplit
 from chela.data.ragged import RaggedReal as RaggedReal
 from chela.data.ragged import RaggedSplit as RaggedSplit
@@ -35,6 +52,18 @@ class Reader:
     """Values of `data.rate`, the usual one first."""
     cuts: bool = False
     """Whether `data.max_length` cuts sequences; where it does not, all have the same length."""
+    packs: bool = False
+    """Whether `data.packed` packs documents."""
+
+
+def _corpus(open_corpus: Callable[[Path], corpora.Corpus], about: str) -> Reader:
+    return Reader(
+        lambda config, progress: language.load(config, progress, open_corpus),
+        about,
+        encodings=("bytes", "bpe"),
+        cuts=True,
+        packs=True,
+    )
 
 
 TEXTS: tuple[Encoding, ...] = ("bytes", "characters")
@@ -76,10 +105,25 @@ READERS = {
         encodings=TEXTS,
         cuts=True,
     ),
-    "bytes": Reader(
-        lambda config, _: byte_stream.load(config),
-        "language modelling on the bytes of any text (your files)",
-        cuts=True,
+    "bytes": _corpus(corpora.own_texts, "language modelling on any text (your files)"),
+    "enwik8": _corpus(
+        partial(corpora.hundred_million, "enwik8"), "language modelling on 100 MB of Wikipedia's XML (your copy)"
+    ),
+    "text8": _corpus(
+        partial(corpora.hundred_million, "text8"), "language modelling on 100 MB of Wikipedia in 27 letters (your copy)"
+    ),
+    **{
+        f"wikitext-{size}{end}": _corpus(
+            partial(corpora.wikitext, f"wikitext-{size}{end}"),
+            f"language modelling on {size} million words of Wikipedia, {how} (your copy)",
+        )
+        for size in (2, 103)
+        for end, how in (("", "rare words replaced"), ("-raw", "as written"))
+    },
+    "pg19": _corpus(corpora.pg19, "language modelling on 28,752 books before 1919 (your copy)"),
+    "novels": _corpus(novels.novels, "language modelling on 86 English novels, a corpus of its own (your copy)"),
+    "tokens": Reader(
+        own_tokens.load, "language modelling on tokens of any kind (your token files)", cuts=True, packs=True
     ),
 }
 TASKS = {name: reader.about for name, reader in READERS.items()}
@@ -106,6 +150,10 @@ def load_task(config: DataConfig, *, progress: Progress = None) -> Task:
         raise ValueError(f"--data.rate is {config.rate}: {name} {_takes(reader.rates)}")
     if config.max_length and not reader.cuts:
         raise ValueError(f"--data.max-length is {config.max_length}: all sequences of {name} have the same length")
+    if config.vocab and config.encoding != "bpe":
+        raise ValueError(f"--data.vocab is {config.vocab}: the size of a tokenizer, set --data.encoding bpe with it")
+    if config.packed and not reader.packs:
+        raise ValueError(f"--data.packed packs the documents of a language model's text: {name} has none")
     if config.distractors and name not in pathfinder.RULES:
         raise ValueError(f"--data.distractors is {config.distractors}: only {' and '.join(pathfinder.RULES)} have them")
     filled = replace(config, encoding=config.encoding or reader.encodings[0], rate=config.rate or reader.rates[0])

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from chela.data.token_files import TokenFiles
+
 IGNORED = -100
 """Label of a position that has no target (language models), as torch's cross-entropy takes it."""
 
@@ -28,6 +30,9 @@ class Batch:
     """Its real positions."""
     fresh: Bool[Tensor, " b"] | None = None
     """Where states are carried from step to step: True in rows that begin anew."""
+
+    cu_seqlens: Int[Tensor, " n_plus_1"] | None = None
+    """Where the documents of a packed row end, int32 [N + 1] from 0 to T; B is 1 then."""
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """Move every tensor to a device."""
@@ -96,15 +101,37 @@ def pixels(raw: np.ndarray, labels: np.ndarray, encoding: str, shift: float, sca
 
 
 @dataclass(frozen=True)
+class TextMeasure:
+    """What the tokens of a split stand for, so that losses over any tokens can be compared."""
+
+    token_bytes: np.ndarray
+    """Bytes each token stands for, int64 [vocab]."""
+    bytes: int
+    """Of the split."""
+    words: int = 0
+    """Of the split, as its published results count them; 0 where they do not."""
+    documents: int = 0
+    """Of the split."""
+    tokens: int = 0
+    """Of the split."""
+
+    def covered(self, labels: Int[Tensor, "b t"]) -> int:
+        """Bytes that the labels stand for."""
+        return int(self.token_bytes[labels[labels != IGNORED].numpy()].sum())
+
+
+@dataclass(frozen=True)
 class StreamSplit:
     """Windows of one long token stream, side by side, for next-token prediction."""
 
     consecutive: ClassVar[bool] = True
     """Each window goes on where the one before ends: a state can be carried from one to the next."""
-    tokens: np.ndarray
+    tokens: np.ndarray | TokenFiles
     """The stream, [total]."""
     window: int
     """Targets a window."""
+    text: TextMeasure | None = None
+    """What the tokens stand for."""
 
     def __len__(self) -> int:
         return max(1, -(-(len(self.tokens) - 1) // self.window))

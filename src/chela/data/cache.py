@@ -34,23 +34,44 @@ def prepared(root: Path, name: str, key: dict[str, Any], make: Callable[[], Arra
     Raises:
         ValueError: the cache cannot be written, or its files were damaged since.
     """
+
+    def write(aside: Path) -> None:
+        for array_name, array in make().items():
+            with (aside / f"{array_name}.npy").open("wb") as file:
+                np.save(file, array)
+                file.flush()
+                os.fsync(file.fileno())
+
+    return _load(prepared_folder(root, name, key, write))
+
+
+def prepared_folder(root: Path, name: str, key: dict[str, Any], write: Callable[[Path], None]) -> Path:
+    """A folder of files that `write` makes, unless they have been made before.
+
+    Args:
+        root: data root; the cache is its subfolder `prepared`.
+        name: what they are, for the folder's name.
+        key: everything they depend on.
+        write: fills an empty folder, and flushes what it writes; called when the cache has none.
+
+    Raises:
+        ValueError: the cache cannot be written.
+    """
     folder = _folder(root, name, key)
     if not folder.is_dir():
         _writable(folder)
-        arrays = make()
         aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
         try:
             aside.mkdir()
-            for array_name, array in arrays.items():
-                with (aside / f"{array_name}.npy").open("wb") as file:
-                    np.save(file, array)
-                    file.flush()
-                    os.fsync(file.fileno())
-        except OSError as error:
+            write(aside)
+        except BaseException as error:
             shutil.rmtree(aside, ignore_errors=True)
-            raise _no_room(folder, error) from None
+            ours = isinstance(error, OSError) and str(error.filename or aside).startswith(str(aside))
+            if ours:
+                raise _no_room(folder, error) from None
+            raise
         _publish(aside, folder)
-    return _load(folder)
+    return folder
 
 
 def prepared_rows(

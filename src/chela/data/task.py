@@ -42,6 +42,8 @@ class Task:
     """Test accuracy of trivial answers, computed from the data."""
     chance_loss: float = 0.0
     """Loss of the best constant answer, nats."""
+    tokenizer: str = ""
+    """Content of the tokenizer.json that made the tokens; empty where they are something else."""
     note: str = ""
     """What a reader of the result must know of the splits."""
 

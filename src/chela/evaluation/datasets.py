@@ -7,7 +7,8 @@ import numpy as np
 from torch import Tensor
 
 from chela.config import DataConfig
-from chela.data import PairSplit, RaggedReal, RaggedSplit, Task, load_task
+from chela.data import PackedSplit, PairSplit, RaggedReal, RaggedSplit, StreamSplit, Task, load_task
+from chela.data.token_files import TokenFiles
 
 SHOWN, SHOWN_TEXT, LISTED = 16, 70, 10
 """Values of an example that are shown, characters of a text, and classes whose shares are."""
@@ -25,6 +26,7 @@ def describe_task(config: DataConfig, progress: Callable[[str], None] | None = N
     lines = [f"{task.name}: {task.note}" if task.note else task.name, sizes, f"{_lengths(task)} of {inputs}"]
     if task.classes:
         lines.append(_classes(task))
+    lines += _texts(task, progress)
     lines += [f"baseline, {what}: {100 * value:.2f} % on the test split" for what, value in task.baselines.items()]
     return "\n  ".join([*lines, *_example(task)])
 
@@ -48,6 +50,25 @@ def _lengths(task: Task) -> str:
     lengths = task.train.lengths()
     side = " on the longer side" if task.kind == "two-tower" else ""
     return f"{lengths.min():,} to {lengths.max():,} steps{side} (median {np.median(lengths):,.0f})"
+
+
+def _texts(task: Task, progress: Callable[[str], None] | None) -> list[str]:
+    """What the parts of a language model's text hold; checks their token files."""
+    lines = []
+    for name, part in (("training", task.train), ("validation", task.val), ("test", task.test)):
+        if not isinstance(part, StreamSplit | PackedSplit) or part.text is None:
+            continue
+        if isinstance(part.tokens, TokenFiles):
+            if progress:
+                progress(f"{task.name}: checking {part.tokens.folder}")
+            part.tokens.verify()
+        text = part.text
+        words = f", {text.words:,} words" if text.words else ""
+        lines.append(
+            f"{name}: {text.bytes:,} bytes{words}, {text.documents:,} documents, {text.tokens:,} tokens "
+            f"({text.bytes / text.tokens:.2f} bytes each)"
+        )
+    return lines
 
 
 def _classes(task: Task) -> str:

@@ -9,6 +9,7 @@ from chela.evaluation.runs import load_run, place
 from chela.training import metrics
 from chela.training.checks import check_run
 from chela.training.device import compute_type
+from chela.training.folder import check_tokenizer
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Evaluated:
     split: str
     examples: int
     result: dict[str, float]
-    """loss, accuracy, count, and for a language model perplexity and bits_per_byte."""
+    """loss, accuracy, count, and for a language model perplexity, bits_per_byte and word_perplexity."""
     baselines: dict[str, float]
     """Accuracies that need no model, computed from the test split."""
     note: str
@@ -59,6 +60,7 @@ def evaluate_run(
     run, model = load_run(folder, where)
     task = load_task(replace(run.data, root=root) if root else run.data)
     check_run(replace(run, model=replace(run.model, merged=False)), task)
+    check_tokenizer(folder, task.tokenizer)
     part = getattr(task, split)
     result = metrics.evaluate(
         model,

@@ -10,8 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from chela.data.tokenizer import load_coder
 from chela.evaluation.runs import load_run, place
 from chela.models import CausalLM
+from chela.models.decoding import Decoder
 
 
 def sample(
@@ -150,7 +152,7 @@ def _stream(
     mask = torch.tensor([[False] * (length - len(p)) + [True] * len(p) for p in prompts], device=device)
     generator = torch.Generator(device).manual_seed(seed)
     logits, state = model.prefill(tokens, None if bool(mask.all()) else mask)
-    logits, state = logits[:, -1], model.online(state) if model.config.merged else state
+    logits, decoder = logits[:, -1], Decoder(model, state)
     seen = torch.zeros(len(prompts), model.config.vocab, dtype=torch.bool, device=device)
     for row, prompt in enumerate(prompts):
         seen[row, list(prompt)] = True
@@ -160,7 +162,7 @@ def _stream(
         seen.scatter_(1, token.unsqueeze(1), True)
         yield token.cpu()
         if count + 1 < max_new_tokens:
-            logits, state = model.step(token, state)
+            logits = decoder.step(token)
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,8 @@ def generate_run(
 ) -> Generated:
     """Continue a prompt with the language model of a run; `write` gets prompt and text as they come.
 
-    The text ends before the first of the strings in `stop`, if one comes.
+    The text ends before the first of the strings in `stop`, if one comes, or with the document, where the tokens know
+    of such an end.
 
     Raises:
         ValueError: the folder is no run of a language model, or an option is out of range.
@@ -207,10 +210,11 @@ def generate_run(
     if not isinstance(model, CausalLM):
         raise ValueError(f"{folder} holds a {run.model.kind}, not a language model: nothing to generate")
     model.merge()
+    coder = load_coder(folder, model.config.vocab)
     started, tokens = time.perf_counter(), 0
     stream = generate(
         model,
-        [list(prompt.encode())],
+        [coder.encode(prompt.encode()).tolist()],
         max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -223,8 +227,10 @@ def generate_run(
         nonlocal tokens
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for token in stream:
+            if int(token) == coder.end:
+                break
             tokens += 1
-            yield decoder.decode(bytes(token.tolist()))
+            yield decoder.decode(coder.pieces[int(token)])
         yield decoder.decode(b"", final=True)
 
     write(prompt)

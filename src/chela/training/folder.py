@@ -8,6 +8,7 @@ from typing import IO, Any
 import tomli_w
 
 from chela.config import RunConfig
+from chela.data import tokenizer
 from chela.record import load_toml, to_dict
 from chela.training import checkpoint, journal
 from chela.training.checkpoint import State
@@ -45,6 +46,7 @@ class RunFolder:
         self.journal = path / "metrics.jsonl"
         self.weights = path / "model.safetensors"
         self.checkpoints = path / "checkpoint"
+        self.tokenizer = path / tokenizer.FILE
         self._held: IO[str] | None = None
 
     def inspect(self, run: RunConfig) -> Found:
@@ -74,18 +76,29 @@ class RunFolder:
         checkpoint.refuse_conflicts(recorded, run, self.path)
         return Found(checkpoint=saved[-1].name, state=state)
 
-    def claim(self, run: RunConfig, found: Found) -> None:
+    def claim(self, run: RunConfig, found: Found, tokens: str = "") -> None:
         """Make the folder this run's: lock it, write its settings, rewind journal and best weights to the checkpoint.
 
+        Args:
+            run: every setting.
+            found: what `inspect` found.
+            tokens: content of the tokenizer.json of its data; empty for data without one.
+
         Raises:
-            ValueError: in use.
+            ValueError: in use, or begun with another tokenizer.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         if self._held is None:
             self._lock()
             if self.config.exists():
                 raise ValueError(f"another process has just begun in {self.path}: give this run another --out")
+        if found.checkpoint:
+            check_tokenizer(self.path, tokens)
         write_whole(self.config, tomli_w.dumps(to_dict(run)).encode())
+        if tokens:
+            write_whole(self.tokenizer, tokens.encode())
+        else:
+            self.tokenizer.unlink(missing_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
         checkpoint.prune(self.checkpoints, run.train.keep)
         if found.checkpoint:
@@ -116,3 +129,22 @@ class RunFolder:
             held.close()
             raise ValueError(f"{self.path} is in use by another process: wait for it, or give another --out") from None
         self._held = held
+
+
+def check_tokenizer(folder: Path, tokens: str) -> None:
+    """Refuse data whose tokens mean something else than those a run was trained on.
+
+    Args:
+        folder: the run's.
+        tokens: content of the tokenizer.json of the data; empty for data without one.
+
+    Raises:
+        ValueError: the folder has another one, or none where the data have one.
+    """
+    path = folder / tokenizer.FILE
+    recorded = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if recorded != tokens:
+        raise ValueError(
+            f"the tokenizer of the data is not the one in {path}: the training text has changed since; "
+            "name the folder that has the old one with --data.root"
+        )

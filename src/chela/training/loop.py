@@ -70,7 +70,7 @@ def train(run: RunConfig, *, console: Console | None = None) -> Result:
                 return Result(folder.path, "already done", found.end["step"], found.end["best"], found.end["test"])
             task = distributed.main_first(lambda: load_task(run.data, progress=display.say))
             check_run(run, task)
-            distributed.on_main(lambda: folder.claim(run, found))
+            distributed.on_main(lambda: folder.claim(run, found, task.tokenizer))
             limit = seconds(run.train.time_limit)
             with Trainer(run, task, folder, found, device, display) as trainer:
                 finished = trainer.fit(None if limit is None else started + limit)

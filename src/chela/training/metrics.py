@@ -21,6 +21,8 @@ def forward(model: nn.Module, batch: Batch) -> Tensor:
     """Logits of a batch: [B, classes], or [B, T, vocab] of a language model."""
     if batch.second is not None:
         return model(batch.inputs, batch.second, batch.mask, batch.second_mask)
+    if batch.cu_seqlens is not None:
+        return model(batch.inputs, batch.mask, batch.cu_seqlens)
     return model(batch.inputs, batch.mask)
 
 
@@ -41,7 +43,8 @@ def loss_and_hits(
     With a state, a language model reads on from it, and the state after the batch comes third.
     """
     if isinstance(model, CausalLM):
-        return model.loss(batch.inputs, batch.labels, batch.mask, state=state, return_state=state is not None)
+        carry = {"state": state, "return_state": state is not None}
+        return model.loss(batch.inputs, batch.labels, batch.mask, batch.cu_seqlens, **carry)
     assert state is None
     return *score(forward(model, batch), batch.labels), None
 
@@ -100,11 +103,14 @@ def evaluate(
         batch_size: examples a forward pass.
         device: where to compute.
         dtype: compute type; bfloat16 runs under autocast.
-        kind: a language model's result has perplexity and, over bytes, bits_per_byte besides.
+        kind: a language model's result has perplexity besides and, where it is known what the tokens stand for,
+            bits_per_byte and (where the field counts words) word_perplexity.
         examples: look at this many, evenly spread over the split; 0 takes all.
 
     Returns:
-        loss (mean, nats), accuracy, count (labels), and for a language model perplexity and bits_per_byte.
+        loss (mean, nats), accuracy, count (labels), and for a language model perplexity (of a token), bits_per_byte
+        (all nats by the bytes of the labels, by ln 2) and word_perplexity (e to the nats by the bytes, times the bytes
+        a word of the split).
     """
     chosen = np.arange(len(split))
     if 0 < examples < len(split):
@@ -112,21 +118,27 @@ def evaluate(
     was_training = model.training
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    count = 0
+    count = covered = 0
+    measure = getattr(split, "text", None)
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         for start in range(distributed.rank() * batch_size, len(chosen), distributed.size() * batch_size):
             batch = split.batch(chosen[start : start + batch_size])
             count += targets(batch)
+            covered += measure.covered(batch.labels) if measure else 0
             check_labels(batch, outputs(model))
             loss, hits, _ = loss_and_hits(model, batch.to(device))
             sums += torch.stack([loss.double(), hits.double()])
     model.train(was_training)
     loss, hits = distributed.sum_over_ranks(sums).tolist()
-    count = int(distributed.sum_over_ranks(torch.tensor([count])))
+    count, covered = distributed.sum_over_ranks(torch.tensor([count, covered])).tolist()
     result = {"loss": loss / max(count, 1), "accuracy": hits / max(count, 1), "count": count}
     if kind == "causal-lm":
         result["perplexity"] = math.exp(min(result["loss"], 700.0))
-        if outputs(model) == 256:
+        if measure is not None and covered:
+            result["bits_per_byte"] = loss / covered / math.log(2)
+            if measure.words:
+                result["word_perplexity"] = math.exp(min(loss / covered * measure.bytes / measure.words, 700.0))
+        elif outputs(model) == 256:
             result["bits_per_byte"] = result["loss"] / math.log(2)
     return result
 
@@ -143,7 +155,8 @@ def better(new: dict[str, float], old: dict[str, float] | None, kind: Kind) -> b
 def text(result: dict[str, float]) -> str:
     """A result in a few words."""
     if "bits_per_byte" in result:
-        return f"{result['bits_per_byte']:.4f} bits per byte"
+        words = f", word perplexity {result['word_perplexity']:.2f}" if "word_perplexity" in result else ""
+        return f"{result['bits_per_byte']:.4f} bits per byte{words}"
     if "perplexity" in result:
         return f"perplexity {result['perplexity']:.2f}"
     return f"accuracy {100 * result['accuracy']:.2f} %, loss {result['loss']:.4f}"

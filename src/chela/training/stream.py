@@ -103,8 +103,9 @@ def pad(batch: Batch, multiple: int, longest: int) -> Batch:
     """Pad sequences on the right to a multiple of `multiple` steps (at most `longest`, unless it is 0), with masks.
 
     Few different lengths mean few CUDA graphs. `multiple` 1 changes nothing. Labels of positions are padded, too.
+    Packed rows are full as they are.
     """
-    if multiple == 1:
+    if multiple == 1 or batch.cu_seqlens is not None:
         return batch
     inputs, mask = _pad_side(batch.inputs, batch.mask, multiple, longest)
     labels = batch.labels
