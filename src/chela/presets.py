@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from chela.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from chela.presets_language import lm_chela, lm_gla, lm_small, lm_tiny, lm_transformer
 from chela.record import nearest
 
 
@@ -182,19 +183,6 @@ def speech() -> RunConfig:
     )
 
 
-def lm_tiny() -> RunConfig:
-    """A language model on the bytes of any text: minutes on a CPU, then `chela generate`."""
-    return RunConfig(
-        preset="lm-tiny",
-        model=ModelConfig(
-            kind="causal-lm", vocab=256, causal=True, layers=4, d_model=128, d_ff=256, d_key=64, kernel_length=256
-        ),
-        data=DataConfig(task="bytes", max_length=512),
-        optim=OptimConfig(lr=3e-3, warmup=100),
-        train=TrainConfig(steps=600, batch_size=16, eval_every=100, eval_examples=128, save_every=100),
-    )
-
-
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     "digits": digits,
     "listops-tiny": listops_tiny,
@@ -206,6 +194,10 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "pathfinder": pathfinder,
     "path-x": path_x,
     "speech": speech,
+    "lm-chela": lm_chela,
+    "lm-transformer": lm_transformer,
+    "lm-gla": lm_gla,
+    "lm-small": lm_small,
 }
 
 
