@@ -70,7 +70,9 @@ OPTIONS = {
     ),
     "eval": "--split --data.root --batch-size --device",
     "generate": ("--prompt --max-new-tokens --temperature --top-k --top-p --repetition-penalty --stop --seed --device"),
-    "data": "--root --encoding --vocab --packed --rate --max-length --min-length --examples --distractors --seed --show",
+    "data": (
+        "--root --encoding --vocab --packed --rate --max-length --min-length --examples --distractors --seed --show"
+    ),
     "bench": "--device --dtype --seconds --peers --out",
     "report": "--out",
     "doctor": "--root --selftest",
