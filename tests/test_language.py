@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ import torch
 from chela.config import DataConfig, ModelConfig
 from chela.data import PackedSplit, StreamSplit, corpora, language
 from chela.evaluation.datasets import describe_task
+from chela.presets import preset
 from chela.training.metrics import evaluate
+from chela.training.stream import Source
 from cli_kit import SMALL, chela, succeed  # pyrefly: ignore
 from data_kit import load, load_task, write_documents, write_pg19  # pyrefly: ignore
 
@@ -163,3 +166,18 @@ def test_a_run_on_tokens_keeps_its_tokenizer(tmp_path):
     code, _, err = chela("generate", out, "--prompt", "The")
     assert code
     assert "tokenizer.json is missing, and bytes have 256" in err
+
+
+def test_any_step_can_be_read_alone(tmp_path):
+    write_documents(tmp_path)
+    run = replace(preset("lm-tiny"), seed=3)
+    run = replace(run, train=replace(run.train, batch_size=4))
+    for packed in (False, True):
+        data = DataConfig(task="bytes", root=tmp_path, max_length=64, packed=packed)
+        in_order = Source(load_task(data), run)
+        shares = [in_order.share(step) for step in range(12)]
+        for step in (11, 0, 7):
+            (part,), (again,) = shares[step].parts, Source(load_task(data), run).share(step).parts
+            assert torch.equal(part.inputs, again.inputs)
+            assert torch.equal(part.labels, again.labels)
+        assert not torch.equal(shares[0].parts[0].inputs, shares[1].parts[0].inputs)
