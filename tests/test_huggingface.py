@@ -431,8 +431,8 @@ def test_what_a_cache_cannot_do_is_said():
         cache.crop(-1)
     with pytest.raises(ValueError, match="stateful"):
         model.generate(prompt, max_new_tokens=2, assistant_model=make_lm())
-    with pytest.raises(ValueError, match="temprature"):
-        model.generate(prompt, max_new_tokens=2, temprature=2.0)
+    with pytest.raises(ValueError, match="temperatures"):
+        model.generate(prompt, max_new_tokens=2, temperatures=2.0)
     with pytest.raises(ValueError, match="token id 20 is outside the model's vocabulary"):
         model.generate(torch.tensor([[20]]), max_new_tokens=2)
 
