@@ -64,6 +64,7 @@ VARIANTS = {
     "merged": {"merged": True},
     "merged, multiscale": {"merged": True, "kernel": "multiscale"},
 }
+TRANSFORMER = {"mixer": "transformer", "norm": "rms", "heads": 2}
 
 register()
 logging.set_verbosity_error()
@@ -131,6 +132,16 @@ def test_a_config_has_the_defaults_of_chela_and_knows_the_names_of_transformers(
 def test_mistakes_in_a_config_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         ChelaConfig(**settings)
+
+
+def test_a_baseline_is_a_language_model_and_has_a_body(tmp_path):
+    model = make_lm(**TRANSFORMER)
+    model.save_pretrained(tmp_path)
+    tokens = torch.randint(20, (2, 9))
+    body = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(body(tokens).last_hidden_state, model.chela.backbone(tokens)[0])
+    with pytest.raises(ValueError, match=r"mixer transformer is for model\.kind causal-lm alone"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)
 
 
 def test_a_language_model_is_causal():
@@ -323,9 +334,9 @@ def test_greedy_generation_is_chelas_own_and_the_argmax_of_the_full_forward(chan
         assert torch.equal(model.chela(tokens)[:, 8:-1].argmax(-1), own), "each token the likeliest after those before"
 
 
-@pytest.mark.parametrize("merged", [False, True])
-def test_a_left_padded_batch_continues_as_each_prompt_alone(merged):
-    model, prompts = make_lm(decay=True, merged=merged), make_prompts(40, 1, 17)
+@pytest.mark.parametrize("changes", [{"decay": True}, {"merged": True}, TRANSFORMER, TRANSFORMER | {"merged": True}])
+def test_a_left_padded_batch_continues_as_each_prompt_alone(changes):
+    model, prompts = make_lm(**changes), make_prompts(40, 1, 17)
     asked = {"max_new_tokens": 30, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     together = model.generate(**left_padded(prompts), **asked)
     own = torch.stack([*generate(model.chela, prompts, 30, temperature=0)], 1)
@@ -337,9 +348,9 @@ def test_a_left_padded_batch_continues_as_each_prompt_alone(merged):
         assert relative_error(theirs, ones) < 1e-5
 
 
-@pytest.mark.parametrize("merged", [False, True])
-def test_beam_search_reorders_the_cache(merged):
-    model, prompts = make_lm(merged=merged), make_prompts(12, 5)
+@pytest.mark.parametrize("changes", [{}, {"merged": True}, TRANSFORMER, TRANSFORMER | {"merged": True}])
+def test_beam_search_reorders_the_cache(changes):
+    model, prompts = make_lm(**changes), make_prompts(12, 5)
     asked = {"max_new_tokens": 20, "num_beams": 4, "num_return_sequences": 2, "do_sample": False}
     together = model.generate(**left_padded(prompts), **asked)
     assert torch.equal(together, model.generate(**left_padded(prompts), **asked, use_cache=False))

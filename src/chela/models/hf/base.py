@@ -92,7 +92,7 @@ class ChelaModel(ChelaPreTrainedModel):
     def __init__(self, config: ChelaConfig) -> None:
         super().__init__(config)
         with real_device():
-            self.backbone = Backbone(config.settings("classifier"))
+            self.backbone = Backbone(config.settings(config.body))
             if config.merged:
                 merge(self.backbone)
         self.post_init()

@@ -51,7 +51,12 @@ class ChelaConfig(PreTrainedConfig):
             setattr(self, name, value)
         if self.tie_word_embeddings:
             raise ValueError("chela's language model has a head of its own: tie_word_embeddings must be false")
-        self.settings("classifier")
+        self.settings(self.body)
+
+    @property
+    def body(self) -> Kind:
+        """A kind of model that has the stack of these settings: the baselines are language models alone."""
+        return "classifier" if self.mixer == "chela" else "causal-lm"
 
     def settings(self, kind: Kind) -> ModelConfig:
         """The settings of a model of this kind.
