@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -166,6 +167,14 @@ def test_a_run_on_tokens_keeps_its_tokenizer(tmp_path):
     code, _, err = chela("generate", out, "--prompt", "The")
     assert code
     assert "tokenizer.json is missing, and bytes have 256" in err
+
+
+def test_without_tokenizers_the_package_is_named(tmp_path, monkeypatch):
+    write_documents(tmp_path)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ValueError, match=r"needs the package tokenizers: pip install 'chela\[data\]'"):
+        load("bytes", tmp_path, encoding="bpe")
+    assert not list((tmp_path / "prepared").iterdir())
 
 
 def test_any_step_can_be_read_alone(tmp_path):

@@ -21,6 +21,7 @@ OPTIONAL = {
     "pillow": "the published images of Pathfinder: install chela[data]",
     "pyarrow": "data sets in Parquet files: install chela[data]",
     "tensorboard": "TensorBoard logs: install chela[track]",
+    "tokenizers": "language models on tokens: install chela[data]",
     "transformers": "models for Hugging Face: install chela[hf]",
 }
 
