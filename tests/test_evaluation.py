@@ -284,7 +284,7 @@ def test_the_command_of_a_run_makes_the_same_run(name):
         start,
         seed=7,
         out=Path("some where/else"),
-        model=replace(start.model, branches=(5,), squash=0.25, prenorm=False, branch_norm=True),
+        model=replace(start.model, branches=(5,), squash=0.25, prenorm=start.model.mixer != "chela", branch_norm=True),
         data=replace(start.data, seed=3, root=Path("my data")),
         optim=replace(start.optim, betas=(0.8, 0.9), kernel_lr=1e-5),
         train=replace(start.train, time_limit="9m", deterministic=True, keep=1),

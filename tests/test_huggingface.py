@@ -9,7 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -41,6 +41,7 @@ from transformers import (
     logging,
     pipeline,
 )
+from transformers.generation.streamers import BaseStreamer
 
 from chela.models.hf import (
     ChelaCache,
@@ -471,6 +472,30 @@ def test_a_pipeline_writes_text(bytes_run):
     for prompt, [found] in zip(prompts, written, strict=True):
         own = bytes(int(token) for token in generate(model.chela, [list(prompt.encode())], 12, temperature=0))
         assert found["generated_text"] == prompt + own.decode(errors="replace")
+
+
+def test_stop_strings_and_streams_are_those_of_transformers():
+    model, tokenizer = make_lm(vocab=256), byte_tokenizer()
+    with torch.no_grad():
+        model.chela.head.bias[97:123] += 100  # it writes small letters
+    prompt = tokenizer("the cat", return_tensors="pt")
+
+    class Heard(BaseStreamer):
+        tokens: ClassVar[list[int]] = []
+
+        def put(self, value):
+            self.tokens.extend(value.flatten().tolist())
+
+        def end(self):
+            self.tokens.append(-1)
+
+    whole = model.generate(**prompt, max_new_tokens=30, do_sample=False, streamer=Heard())
+    assert Heard.tokens == [*whole[0].tolist(), -1]
+    text = tokenizer.decode(whole[0, 7:])
+    stop = text[5:7]
+    ended = model.generate(**prompt, max_new_tokens=30, do_sample=False, stop_strings=[stop], tokenizer=tokenizer)
+    assert torch.equal(ended[0], whole[0, : ended.shape[1]])
+    assert ended.shape[1] == 7 + text.index(stop) + 2 < 37
 
 
 # Training

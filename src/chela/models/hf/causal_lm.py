@@ -1,5 +1,6 @@
 """The causal language model: labels, cache, `generate`."""
 
+import inspect
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -124,6 +125,7 @@ class ChelaForCausalLM(RunModel, GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:  # pyrefly: ignore
         """What a step of `generate` passes to `forward`: no mask where nothing is padded."""
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # pyrefly: ignore
+        inputs = {name: value for name, value in inputs.items() if name in _ARGUMENTS}  # not what steers the loop
         mask, cache, tokens = inputs.get("attention_mask"), inputs.get("past_key_values"), inputs["input_ids"]
         assert tokens is not None
         follows = isinstance(cache, ChelaCache) and cache.state is not None and tokens.shape[1] == 1
@@ -141,3 +143,6 @@ class ChelaForCausalLM(RunModel, GenerationMixin):
             )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = ChelaCache()
+
+
+_ARGUMENTS = frozenset(inspect.signature(ChelaForCausalLM.forward).parameters)
