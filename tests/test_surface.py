@@ -65,7 +65,7 @@ OPTIONS = {
         " --train.steps --train.batch-size --train.bucket-batches --train.pad-multiple --train.length-warmup"
         " --train.first-length --train.carry-state --train.accumulate --train.checkpoint-blocks"
         " --train.eval-every --train.eval-batch-size --train.eval-examples"
-        " --train.save-every --train.keep --train.log-every --train.time-limit"
+        " --train.save-every --train.keep --train.log-every --train.tensorboard --train.time-limit"
         " --train.chance-after --train.device --train.dtype --train.compile --train.deterministic"
     ),
     "eval": "--split --data.root --batch-size --device",

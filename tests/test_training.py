@@ -531,3 +531,23 @@ def test_the_journal_is_strict_json(tmp_path):
 
 def test_lengths_are_those_of_the_task():
     assert make_task().train.batch(np.arange(50)).inputs.shape == (50, LENGTH)
+
+
+def test_tensorboard_gets_the_journals_numbers(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # pyrefly: ignore
+
+    run = make_run(tmp_path / "run", tensorboard=True)
+    run_tiny(run)
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    board.Reload()
+    losses = {line["step"]: line["loss"] for line in lines(tmp_path / "run", "train")}
+    assert {event.step: event.value for event in board.Scalars("train/loss")} == pytest.approx(losses)
+    assert {"val/accuracy", "test/loss", "train/lr"} <= set(board.Tags()["scalars"])
+
+
+def test_tensorboard_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("chela.training.board.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs the package tensorboard: pip install 'chela\[track\]'"):
+        run_tiny(make_run(tmp_path / "run", tensorboard=True))
+    assert not (tmp_path / "run" / "checkpoint").exists()

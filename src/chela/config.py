@@ -214,6 +214,8 @@ class TrainConfig:
     """Checkpoints kept."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
+    tensorboard: bool = False
+    """Also write the journal's numbers for TensorBoard, in the run's folder tensorboard (needs chela[track])."""
     time_limit: str = ""
     """Save and stop after this long, e.g. 9m, 90s, 1h30m; the same command goes on."""
     chance_after: int = 1000

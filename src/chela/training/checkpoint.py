@@ -31,6 +31,7 @@ HARMLESS = {
     "train.time_limit",
     "train.keep",
     "train.log_every",
+    "train.tensorboard",
     "train.save_every",
     "train.chance_after",
     "train.device",

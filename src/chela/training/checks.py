@@ -3,6 +3,7 @@
 from chela.config import RunConfig
 from chela.data import Task
 from chela.training import distributed
+from chela.training.board import check_board
 
 
 def check_run(run: RunConfig, task: Task) -> None:
@@ -31,6 +32,8 @@ def check_run(run: RunConfig, task: Task) -> None:
         raise ValueError(f"train.length_warmup cuts sequences in pieces: task {task.name} needs them whole")
     if run.train.carry_state:
         _check_carried(run, task)
+    if run.train.tensorboard:
+        check_board()
     shares = distributed.size() * run.train.accumulate
     if run.train.batch_size % shares:
         raise ValueError(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import chela
+from chela.training.board import Board
 from chela.training.files import write_whole
 
 TRACKED = ("ls-files", "--error-unmatch", "__init__.py")
@@ -21,16 +22,24 @@ COMMIT = ("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
 
 
 class Journal:
-    """Appends lines, each flushed at once; without a path it writes nothing (ranks other than 0)."""
+    """Appends lines, each flushed at once; without a path it writes nothing (ranks other than 0).
 
-    def __init__(self, path: Path | None) -> None:
+    Args:
+        path: the file.
+        board: is shown every line, too.
+    """
+
+    def __init__(self, path: Path | None, board: Board | None = None) -> None:
         self._file = path.open("a", encoding="utf-8") if path else None
+        self._board = board
 
     def write(self, kind: str, **values: Any) -> None:
         """Add a line; numbers must be finite."""
         if self._file:
             self._file.write(json.dumps({"kind": kind, **values}, allow_nan=False) + "\n")
             self._file.flush()
+        if self._board:
+            self._board.write(kind, values)
 
     def sync(self) -> None:
         """Flush to disk: what a checkpoint relies on must outlast a power cut too."""
@@ -41,6 +50,8 @@ class Journal:
         """Close the file."""
         if self._file:
             self._file.close()
+        if self._board:
+            self._board.close()
 
 
 def read(path: Path) -> list[dict[str, Any]]:

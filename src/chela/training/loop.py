@@ -14,6 +14,7 @@ from chela.data import Task, load_task
 from chela.models import build, save_model
 from chela.models.files import read_weights
 from chela.training import distributed, metrics
+from chela.training.board import Board
 from chela.training.carry import Carried
 from chela.training.checkpoint import restore, save_checkpoint
 from chela.training.checks import check_run
@@ -102,7 +103,9 @@ class Trainer:
         self.sums = torch.tensor(self.state.sums, dtype=torch.float64, device=device)  # loss, hits, gradient norm
         self.guard = Guard(device)
         self.source = Source(task, run)
-        self.journal = Journal(folder.journal if distributed.is_main() else None)
+        watched = run.train.tensorboard and distributed.is_main()
+        board = Board(folder.path / "tensorboard", found.state.step) if watched else None
+        self.journal = Journal(folder.journal if distributed.is_main() else None, board)
         self.saved = self.state.step
         self.began = time.monotonic() - self.state.seconds
         self._announce()

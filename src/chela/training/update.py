@@ -182,10 +182,8 @@ class GraphedUpdate:
             self._update(batch)
         torch.cuda.current_stream().wait_stream(aside)
         with torch.no_grad():
-            for tensor in self._state():
-                tensor.copy_(
-                    before.get(id(tensor), torch.zeros_like(tensor))
-                )  # AdamW's averages are new and start at 0
+            for tensor in self._state():  # AdamW's averages are new and start at 0
+                tensor.copy_(before.get(id(tensor), torch.zeros_like(tensor)))
         del before
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.memory):
