@@ -491,7 +491,7 @@ def test_stop_strings_and_streams_are_those_of_transformers():
 
     whole = model.generate(**prompt, max_new_tokens=30, do_sample=False, streamer=Heard())
     assert Heard.tokens == [*whole[0].tolist(), -1]
-    text = tokenizer.decode(whole[0, 7:])
+    text = str(tokenizer.decode(whole[0, 7:]))
     stop = text[5:7]
     ended = model.generate(**prompt, max_new_tokens=30, do_sample=False, stop_strings=[stop], tokenizer=tokenizer)
     assert torch.equal(ended[0], whole[0, : ended.shape[1]])
