@@ -7,6 +7,7 @@ import torch
 
 from chela.config import ModelConfig
 from chela.evaluation.generate import generate
+from chela.layers import LayerState
 from chela.models import CausalLM, build
 from chela.ops.long_conv.online import OnlineState
 from chela.ops.testing import relative_error
@@ -33,12 +34,15 @@ def test_a_model_decodes_online_as_in_one_forward(first, changes):
     whole = model(tokens)
     _, plain = model.prefill(tokens[:, :first])
     state, kept = model.online(plain), plain.clone()
-    assert all(isinstance(layer.convolution.long, OnlineState) for layer in state.layers)
+    assert all(
+        isinstance(layer, LayerState) and isinstance(layer.convolution.long, OnlineState) for layer in state.layers
+    )
     for position in range(first, 300):
         logits, state = model.step(tokens[:, position], state)
         assert relative_error(logits, whole[:, position]) < 1e-10
     assert all(torch.equal(a, b) for a, b in zip(plain.tensors(), kept.tensors(), strict=True)), "no memory is shared"
     copy, (row,) = state.clone(), state.select(torch.tensor([1])).to("cpu").layers[:1]
+    assert isinstance(row, LayerState)
     assert row.convolution.long is not None
     more, _ = model.prefill(tokens[:, 300:], state=copy)
     assert relative_error(more, whole[:, 300:]) < 1e-10, "a longer piece goes on from an online state"
