@@ -226,7 +226,7 @@ def test_mistakes_are_named_before_anything_is_measured(words, message, tmp_path
 
 
 def test_training_updates_are_checked_timed_and_plotted(tmp_path, console):
-    shapes = {bench.TRAINING: ({"B": 2, "T": 16}, {"B": 1, "T": 32})}
+    shapes: dict[str, tuple[dict[str, int], ...]] = {bench.TRAINING: ({"B": 2, "T": 16}, {"B": 1, "T": 32})}
     rows = run_bench([bench.TRAINING], out=tmp_path / "b.csv", device="cpu", seconds=0, shapes=shapes, console=console)
     assert len(rows) == 6
     assert {row["implementation"] for row in rows} == {"chela", "Transformer, SDPA", "convolutions by FFT"}
@@ -243,7 +243,8 @@ def test_a_wrong_update_is_not_timed(monkeypatch):
 
     def wrong(*arguments, **options):
         first = arguments[4].train.compile
-        return plain(*arguments[:-1], torch.bfloat16 if first else torch.float32, **options)
+        kind = torch.bfloat16 if first else torch.float32
+        return plain(*arguments[:-1], kind, **options)  # pyrefly: ignore
 
     monkeypatch.setattr(bench_training, "make_update", wrong)
     with pytest.raises(AssertionError, match="off the plain update's"):

@@ -1,5 +1,7 @@
 """Long depthwise convolution: a kernel as long as the sequence, one a channel."""
 
+from typing import overload
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -84,6 +86,16 @@ def long_conv(
         return implementation.long_conv(
             x, kernel, reverse_kernel=reverse_kernel, state=state, return_state=return_state, cu_seqlens=cu_seqlens
         )
+
+
+@overload
+def long_conv_step(x: Tensor, kernel: Tensor, *, state: Tensor, impl: Impl = "auto") -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def long_conv_step(
+    x: Tensor, kernel: Tensor, *, state: OnlineState, impl: Impl = "auto"
+) -> tuple[Tensor, OnlineState]: ...
 
 
 def long_conv_step(
