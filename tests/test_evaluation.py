@@ -212,8 +212,8 @@ def test_text_ends_before_the_first_stop_string_however_it_comes(text, stops, cu
 
 
 def test_only_the_start_of_a_stop_string_is_held_back():
-    assert [*until(["one", " t", "wo\n", "E", "ND", "s"], ["\nEND", "never"])] == ["o", "ne t", "wo", "", ""]
-    assert [*until(["one", " t", "wo\n", "E", "DN"], ["\nEND", "never"])] == ["o", "ne t", "wo", "", "\nEDN", ""]
+    assert [*until(["one", " t", "wo\n", "o", "ver", "s"], ["\nover", "never"])] == ["o", "ne t", "wo", "", ""]
+    assert [*until(["one", " t", "wo\n", "o", "evr"], ["\nover", "never"])] == ["o", "ne t", "wo", "", "\noevr", ""]
 
 
 @pytest.mark.parametrize(
