@@ -276,7 +276,7 @@ def resolve(words: list[str]) -> tuple[Callable[..., None], list[str], str]:
 
 def presets_help() -> str:
     """What `chela train --help` prints: a line for each preset, from its docstring."""
-    lines = [f"  {name:<13} {(make.__doc__ or '').splitlines()[0]}" for name, make in PRESETS.items()]
+    lines = [f"  {name:<14} {(make.__doc__ or '').splitlines()[0]}" for name, make in PRESETS.items()]
     return "\n".join(
         [
             "usage: chela train PRESET [--seed N] [--out DIR] [--model.NAME VALUE] [--data.NAME VALUE] ...",
