@@ -159,7 +159,8 @@ if __name__ == "__main__":
     settings = load_toml(Path(sys.argv[1]))
     try:
         with tiny_task(make_task(settings.model.kind)):
-            print("status:", train(settings).status)
+            status = train(settings).status
+            os.write(1, f"status: {status}\n".encode())  # at once: other ranks write to the same pipe
     except ValueError as error:
         print(f"refused: {error}", file=sys.stderr)
         sys.exit(2)

@@ -71,10 +71,12 @@ class BatchNorm(nn.BatchNorm1d):
         assert self.momentum is not None
         weight = mask.unsqueeze(-1).to(torch.float32)
         count = weight.sum().clamp(min=1)
-        # Both sums in one reading, of values moved by the running mean: their squares then cancel little.
-        moved = (x.float() - self.running_mean) * weight
+        # Both sums in one reading, of values moved by one of them: their squares then cancel little. Not by the running
+        # mean: rounding would depend on it, and of several processes only the first one's is kept.
+        one = x[0, 0].detach().float()
+        moved = (x.float() - one) * weight
         shift, square = moved.sum((0, 1)) / count, moved.square().sum((0, 1)) / count
-        mean, variance = self.running_mean + shift, (square - shift.square()).clamp(min=0)
+        mean, variance = one + shift, (square - shift.square()).clamp(min=0)
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), self.momentum)
