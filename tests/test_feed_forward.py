@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from chela.layers.norms import make_norm
 from chela.ops import dropout as masks
 from chela.ops.feed_forward import feed_forward
-from chela.ops.testing import check_op, feed_forward_inputs, relative_error, values_and_gradients
+from chela.ops.random_inputs import feed_forward_inputs
+from chela.ops.testing import check_op, relative_error, values_and_gradients
 
 DOUBLE = torch.float64
 NORMS: list[Any] = ["layer", "rms", "scale", "none"]

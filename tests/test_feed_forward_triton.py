@@ -9,7 +9,8 @@ import torch
 pytest.importorskip("triton")
 
 from chela.ops.feed_forward import feed_forward, fused
-from chela.ops.testing import check_op, draw, feed_forward_inputs, relative_error, values_and_gradients
+from chela.ops.random_inputs import draw, feed_forward_inputs
+from chela.ops.testing import check_op, relative_error, values_and_gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NORMS: list[Any] = ["layer", "rms", "scale", "none"]

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from chela.ops import dropout as masks
 from chela.ops.gated_output import gated_output
-from chela.ops.testing import check_op, gated_output_inputs, relative_error, values_and_gradients
+from chela.ops.random_inputs import gated_output_inputs
+from chela.ops.testing import check_op, relative_error, values_and_gradients
 
 DOUBLE = torch.float64
 SEED = torch.tensor(11)

@@ -9,7 +9,8 @@ import torch
 pytest.importorskip("triton")
 
 from chela.ops.gated_output import WIDEST, fused, gated_output
-from chela.ops.testing import check_op, draw, gated_output_inputs, relative_error, values_and_gradients
+from chela.ops.random_inputs import draw, gated_output_inputs
+from chela.ops.testing import check_op, relative_error, values_and_gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TILE = 64  # the largest number of rows of a tile

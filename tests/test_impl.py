@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from chela.ops import impl as impl_module
-from chela.ops import linear_attention, testing
+from chela.ops import linear_attention, random_inputs
 from chela.ops.impl import resolve
-from chela.ops.testing import assert_within_budget, check_op, draw, relative_error, values_and_gradients
+from chela.ops.random_inputs import draw
+from chela.ops.testing import assert_within_budget, check_op, relative_error, values_and_gradients
 
 CPU, CUDA, META = torch.device("cpu"), torch.device("cuda", 0), torch.device("meta")
 
@@ -37,7 +38,7 @@ def test_triton_on_the_cpu_needs_its_interpreter(monkeypatch):
         ValueError, match=r"needs tensors on a CUDA device, got cpu.*impl='reference'.*TRITON_INTERPRET=1"
     ):
         resolve("triton", CPU, "linear_attention")
-    q, k, v = testing.linear_attention_inputs(1, 4, 1, 2, 2).values()
+    q, k, v = random_inputs.linear_attention_inputs(1, 4, 1, 2, 2).values()
     with pytest.raises(ValueError, match="needs tensors on a CUDA device"):
         linear_attention(q, k, v, impl="triton")
 

@@ -13,7 +13,8 @@ from jaxtyping import jaxtyped
 from chela.ops import linear_attention, linear_attention_step
 from chela.ops.linear_attention import reference
 from chela.ops.linear_attention.reference import bidirectional, chunked, quadratic, recurrent
-from chela.ops.testing import check_op, draw, linear_attention_inputs, relative_error, values_and_gradients
+from chela.ops.random_inputs import draw, linear_attention_inputs
+from chela.ops.testing import check_op, relative_error, values_and_gradients
 
 DOUBLE = torch.float64
 LENGTHS = [1, 2, 63, 64, 65, 127, 128, 129, 193]

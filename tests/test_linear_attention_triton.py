@@ -15,7 +15,8 @@ pytest.importorskip("triton")
 from chela.ops import linear_attention, linear_attention_step
 from chela.ops.linear_attention import plan
 from chela.ops.linear_attention.reference import bidirectional, chunked, quadratic
-from chela.ops.testing import check_op, draw, linear_attention_inputs, relative_error, values_and_gradients
+from chela.ops.random_inputs import draw, linear_attention_inputs
+from chela.ops.testing import check_op, relative_error, values_and_gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 attend: Any = functools.partial(linear_attention, return_state=True, impl="triton")

@@ -12,7 +12,8 @@ from jaxtyping import jaxtyped
 from chela.ops import long_conv, long_conv_step
 from chela.ops.long_conv import reference
 from chela.ops.long_conv.fourier import fft_conv, good_size
-from chela.ops.testing import check_op, draw, long_conv_inputs, relative_error, values_and_gradients
+from chela.ops.random_inputs import draw, long_conv_inputs
+from chela.ops.testing import check_op, relative_error, values_and_gradients
 
 DOUBLE = torch.float64
 convolve: Any = functools.partial(long_conv, return_state=True, impl="reference")

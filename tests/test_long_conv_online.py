@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 from chela.ops import long_conv, long_conv_online_state, long_conv_step
 from chela.ops.long_conv import reference
 from chela.ops.long_conv.online import advance, emit, epoch_length, join
-from chela.ops.testing import assert_within_budget, draw, long_conv_inputs, relative_error
+from chela.ops.random_inputs import draw, long_conv_inputs
+from chela.ops.testing import assert_within_budget, relative_error
 
 DOUBLE = torch.float64
 

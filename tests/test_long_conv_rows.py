@@ -15,7 +15,8 @@ from chela.ops import long_conv
 from chela.ops.long_conv import fused, method, on_chip, two_stage
 from chela.ops.long_conv.fourier import fft_conv
 from chela.ops.long_conv.method import choose
-from chela.ops.testing import draw, error_budget, long_conv_inputs, relative_error, values_and_gradients
+from chela.ops.random_inputs import draw, long_conv_inputs
+from chela.ops.testing import error_budget, relative_error, values_and_gradients
 from test_long_conv_triton import check, convolve, high_precision, inputs_of, plain  # pyrefly: ignore
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

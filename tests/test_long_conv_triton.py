@@ -14,7 +14,8 @@ pytest.importorskip("triton")
 from chela.ops import long_conv
 from chela.ops.long_conv import fused, packed, reference, toeplitz
 from chela.ops.long_conv.fourier import fft_conv
-from chela.ops.testing import check_op, draw, error_budget, long_conv_inputs, relative_error, values_and_gradients
+from chela.ops.random_inputs import draw, long_conv_inputs
+from chela.ops.testing import check_op, error_budget, relative_error, values_and_gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DOUBLE, SINGLE, HALF, BRAIN = torch.float64, torch.float32, torch.float16, torch.bfloat16

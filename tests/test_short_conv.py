@@ -10,8 +10,9 @@ from jaxtyping import jaxtyped
 from torch.nn import functional as F
 
 from chela.ops import short_conv, short_conv_step
+from chela.ops.random_inputs import draw, short_conv_inputs
 from chela.ops.short_conv import reference
-from chela.ops.testing import check_op, draw, relative_error, short_conv_inputs, values_and_gradients
+from chela.ops.testing import check_op, relative_error, values_and_gradients
 
 DOUBLE = torch.float64
 WIDTHS = [1, 2, 3, 4, 31]

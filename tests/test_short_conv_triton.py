@@ -13,8 +13,9 @@ from torch.nn import functional as F
 pytest.importorskip("triton")
 
 from chela.ops import short_conv, short_conv_step
+from chela.ops.random_inputs import draw, short_conv_inputs
 from chela.ops.short_conv import fused, kernels, reference
-from chela.ops.testing import check_op, draw, relative_error, short_conv_inputs, values_and_gradients
+from chela.ops.testing import check_op, relative_error, values_and_gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CHUNK = 8  # the shortest stretch of time of one thread, for up to 4 taps; a program has 8 of them at 128 channels

@@ -27,7 +27,8 @@ from chela.evaluation.bench_training import bench_training
 from chela.evaluation.runs import place
 from chela.evaluation.timing import Time, copy_speed, measure
 from chela.ops.impl import resolve
-from chela.ops.testing import check_op, draw
+from chela.ops.random_inputs import draw
+from chela.ops.testing import check_op
 from chela.record import nearest
 from chela.training.device import compute_type
 from chela.training.journal import surroundings

@@ -25,8 +25,8 @@ from chela.ops import (
 from chela.ops.impl import Impl
 from chela.ops.linear_attention.reference import quadratic
 from chela.ops.long_conv.online import OnlineState
+from chela.ops.random_inputs import draw, linear_attention_inputs, long_conv_inputs, short_conv_inputs
 from chela.ops.short_conv.reference import taps
-from chela.ops.testing import draw, linear_attention_inputs, long_conv_inputs, short_conv_inputs
 
 IMPLS: tuple[Impl, ...] = ("triton", "reference")
 

@@ -46,7 +46,7 @@ class Suite:
     uses: tuple[str, ...]
     """The ops of ours that it calls."""
     make: Callable[..., Inputs]
-    """Random inputs of a shape, with the options of `testing.draw`; gradients are taken with respect to all."""
+    """Random inputs of a shape, with the options of `random_inputs.draw`; gradients are taken with respect to all."""
     plain: Callable[..., Tensor]
     """The plain implementation that the checks hold ours to."""
     contenders: tuple[Contender, ...]

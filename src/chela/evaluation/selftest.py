@@ -21,15 +21,15 @@ from chela.ops.impl import WITH_TRITON, Impl
 from chela.ops.linear_attention.reference import bidirectional, chunked
 from chela.ops.long_conv.fourier import fft_conv
 from chela.ops.long_conv.reference import direct
-from chela.ops.short_conv.reference import taps
-from chela.ops.testing import (
-    check_op,
+from chela.ops.random_inputs import (
     feed_forward_inputs,
     gated_output_inputs,
     linear_attention_inputs,
     long_conv_inputs,
     short_conv_inputs,
 )
+from chela.ops.short_conv.reference import taps
+from chela.ops.testing import check_op
 
 Inputs = dict[str, Tensor]
 Outputs = tuple[Tensor | None, ...]

@@ -34,6 +34,20 @@ def threshold(rate: float) -> int:
     return min(round(rate * HALF), HALF - 1)
 
 
+def check_seed(seed: Tensor | None, name: str, x: Tensor) -> None:
+    """Refuse a seed that an op with dropout on `x`, called `name`, cannot use.
+
+    Raises:
+        ValueError: it is missing, of another dtype or shape, or on another device.
+    """
+    if seed is None or seed.dtype != torch.int64 or seed.dim() != 0 or seed.device != x.device:
+        got = "None" if seed is None else f"{seed.dtype} {list(seed.shape)} on {seed.device}"
+        raise ValueError(
+            f"dropout needs a seed, an int64 tensor [] on the device of {name}, {x.device}; got {got}: "
+            "make one with torch.randint(2**62, (), device=...)"
+        )
+
+
 def scale(rate: float) -> float:
     """What is kept is multiplied by this, so that the expectation stays as it was."""
     return HALF / (HALF - threshold(rate))

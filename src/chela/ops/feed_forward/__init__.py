@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from chela.ops.checks import check_alike, check_shape
-from chela.ops.dropout import threshold
+from chela.ops.dropout import check_seed, threshold
 from chela.ops.feed_forward import reference
 from chela.ops.impl import Impl, resolve
 from chela.ops.precision import no_autocast
@@ -72,7 +72,7 @@ def feed_forward(
     """
     _check(x, {"w1": w1, "b1": b1, "w2": w2, "b2": b2}, norm, gain, shift, residual)
     if threshold(dropout):
-        _check_seed(seed, x)
+        check_seed(seed, "x", x)
     else:
         seed = None
     dtype = x.dtype
@@ -126,9 +126,3 @@ def _check(
     check_alike({"x": x}, weights | {"gain": gain, "shift": shift, "residual": residual})
     if residual is not None:
         check_shape("residual", residual, tuple(x.shape), "[..., D]")
-
-
-def _check_seed(seed: Tensor | None, x: Tensor) -> None:
-    if seed is None or seed.dtype != torch.int64 or seed.dim() != 0 or seed.device != x.device:
-        got = "None" if seed is None else f"{seed.dtype} {list(seed.shape)} on {seed.device}"
-        raise ValueError(f"dropout needs a seed, an int64 tensor [] on the device of x, {x.device}; got {got}")

@@ -9,6 +9,7 @@ from torch import Tensor
 from chela.ops.dropout import scale, threshold
 from chela.ops.feed_forward import kernels, kernels_backward, widest
 from chela.ops.feed_forward.reference import EPS
+from chela.ops.launch import dense, grid, no_second_derivative, power
 
 
 class Tile(NamedTuple):
@@ -116,7 +117,7 @@ class _Launch:
     ):
         self.f, self.d = w1.shape
         self.rows = x.numel() // self.d
-        self.block = max(64, _power(self.d))
+        self.block = max(64, power(self.d))
         self.plan = PLANS[dtype.itemsize][self.block]
         self.padded = -(-self.f // 64) * 64
         self.drops = (seed, threshold(rate), scale(rate))
@@ -128,8 +129,8 @@ class _Launch:
         self.programs = _programs(x.device)
         weights = x.new_empty(2, self.padded, self.block, dtype=dtype)
         bias = x.new_empty(self.padded, dtype=torch.float32)
-        _grid(kernels.fold, self.padded // FOLD)(
-            *weights, bias, w1.contiguous(), b1.contiguous(), w2.contiguous(), _dense(gain), _dense(shift),
+        grid(kernels.fold, self.padded // FOLD)(
+            *weights, bias, w1.contiguous(), b1.contiguous(), w2.contiguous(), dense(gain), dense(shift),
             F=self.f, D=self.d, BLOCK_F=FOLD, BLOCK_D=self.block, **self.gains,
         )  # fmt: skip
         self.weights = weights[0], bias, weights[1]
@@ -175,7 +176,7 @@ def _forward(
         on = _Launch(x, w1, b1, w2, gain, shift, seed, norm, dropout, dtype)
         tile = on.plan.forward
         x = x.contiguous()
-        _grid(kernels.forward, on.tiles(tile))(
+        grid(kernels.forward, on.tiles(tile))(
             out, x, x if residual is None else residual.contiguous(), *on.weights, b2.contiguous(), on.drops[0],
             on.rows, *on.drops[1:], STAY=on.stays, **on.norm, **on.sizes(tile),
         )  # fmt: skip
@@ -211,7 +212,7 @@ def _backward(
             torch.empty_like(like, dtype=dtype) if write else like for like, write in zip((x, dy), writes, strict=True)
         )
         tile = on.plan.row_gradients
-        _grid(kernels_backward.row_gradients, on.tiles(tile))(
+        grid(kernels_backward.row_gradients, on.tiles(tile))(
             dx, xh, dz, dy, x, *on.weights, on.drops[0], on.rows, *on.drops[1:],
             OWN=own, STAY=on.stays, WRITE_XH=writes[0], WRITE_DZ=writes[1], **on.norm, **on.sizes(tile),
         )  # fmt: skip
@@ -219,15 +220,15 @@ def _backward(
         slices = on.padded // tile.hidden
         splits = min(-(-on.rows // tile.rows), max(on.programs // slices, 1))
         parts = x.new_empty(splits, (2 * on.padded + 1) * on.block + on.padded, dtype=torch.float32)
-        _grid(kernels_backward.weight_gradients, slices, splits)(
+        grid(kernels_backward.weight_gradients, slices, splits)(
             parts, xh, dz, *on.weights, on.drops[0], on.rows, splits, *on.drops[1:], **on.sizes(tile)
         )
         # One gain for all channels has the sum of theirs as its gradient.
         gains = dgain.new_empty(on.d, dtype=torch.float32) if norm == "scale" else dgain
-        _grid(kernels_backward.sum_parts, on.d)(
-            dw1, db1, dw2, db2, gains, dshift, parts, w1.contiguous(), _dense(gain), _dense(shift), splits,
+        grid(kernels_backward.sum_parts, on.d)(
+            dw1, db1, dw2, db2, gains, dshift, parts, w1.contiguous(), dense(gain), dense(shift), splits,
             D=on.d, F=on.f, PADDED=on.padded, BLOCK_D=on.block,
-            BLOCK_F=_power(on.f), BLOCK_S=max(SUM // _power(on.f), 1), **on.gains,
+            BLOCK_F=power(on.f), BLOCK_S=max(SUM // power(on.f), 1), **on.gains,
         )  # fmt: skip
         if norm == "scale":
             torch.sum(gains, 0, keepdim=True, dtype=dgain.dtype, out=dgain)
@@ -288,28 +289,11 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, None if ctx.own else dy, *gradients, dgain, dshift, None, None, None, None
 
 
-def _no_second_derivative(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    raise NotImplementedError("feed_forward's Triton kernels have no second derivative: use impl='reference'")
-
-
 torch.library.register_autograd("chela::feed_forward", _differentiate, setup_context=_save)
-torch.library.register_autograd("chela::feed_forward_backward", _no_second_derivative)
+torch.library.register_autograd("chela::feed_forward_backward", no_second_derivative("feed_forward"))
 
 
 @functools.cache
 def _programs(device: torch.device) -> int:
     """Programs that run side by side; two where the kernels are interpreted."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
-def _grid(kernel: Any, *programs: int) -> Any:
-    return kernel[programs]
-
-
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def _power(n: int) -> int:
-    """The smallest power of 2 of at least n."""
-    return 1 << (n - 1).bit_length()

@@ -1,11 +1,10 @@
 """The end of a CHELA layer: attention's norm and gate, its product, SiLU, dropout, and the gate over the residual."""
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from chela.ops.checks import check_alike, check_shape
-from chela.ops.dropout import threshold
+from chela.ops.dropout import check_seed, threshold
 from chela.ops.gated_output import reference
 from chela.ops.impl import Impl, resolve
 from chela.ops.precision import no_autocast
@@ -65,7 +64,7 @@ def gated_output(
     """
     _check(m, mixed, residual, weight, {"bias": bias, "gain": gain}, heads)
     if threshold(dropout):
-        _check_seed(seed, m)
+        check_seed(seed, "m", m)
     else:
         seed = None
     options = {"gain": gain, "heads": heads, "dropout": dropout, "seed": seed}
@@ -96,9 +95,3 @@ def _check(
     if heads < 1 or v % heads:
         raise ValueError(f"heads must divide V = {v}; got {heads}")
     check_alike({"m": m, "mixed": mixed}, {"residual": residual, "weight": weight, **vectors})
-
-
-def _check_seed(seed: Tensor | None, m: Tensor) -> None:
-    if seed is None or seed.dtype != torch.int64 or seed.dim() != 0 or seed.device != m.device:
-        got = "None" if seed is None else f"{seed.dtype} {list(seed.shape)} on {seed.device}"
-        raise ValueError(f"dropout needs a seed, an int64 tensor [] on the device of m, {m.device}; got {got}")

@@ -12,6 +12,7 @@ from torch import Tensor
 from chela.ops.dropout import scale, threshold
 from chela.ops.gated_output import WIDEST, kernels, weight_kernels
 from chela.ops.gated_output.reference import EPS, STREAM
+from chela.ops.launch import ceil, dense, grid, no_second_derivative, power
 
 
 class Tile(NamedTuple):
@@ -107,7 +108,7 @@ class _Sizes:
     def __init__(self, m: Tensor, weight: Tensor, heads: int):
         self.d, self.v = weight.shape
         self.heads, self.n = heads, m.numel() // self.v
-        self.block = max(64, _power(self.d))
+        self.block = max(64, power(self.d))
         self.plan = PLANS[m.dtype.itemsize][self.block]
 
     def constants(self, tile: Tile) -> dict[str, Any]:
@@ -118,7 +119,7 @@ class _Sizes:
             "HV": width,
             "D": self.d,
             "BM": tile.rows,
-            "BC": min(tile.values, max(16, _power(width))),
+            "BC": min(tile.values, max(16, power(width))),
             "BD": self.block,
             "EPS": EPS,
             "STREAM": STREAM,
@@ -148,13 +149,13 @@ def _forward(
     if not keep:
         folded = m.new_empty(weight.shape)
     with torch.cuda.device_of(m):
-        _grid(weight_kernels.fold, _ceil(on.d * on.v, FOLD))(
-            folded, weight.contiguous(), _dense(gain), D=on.d, V=on.v, NORM=gain is not None, BLOCK=FOLD
+        grid(weight_kernels.fold, ceil(on.d * on.v, FOLD))(
+            folded, weight.contiguous(), dense(gain), D=on.d, V=on.v, NORM=gain is not None, BLOCK=FOLD
         )
         tile = on.plan.forward
         m, mixed, residual = _rows(m), _rows(mixed), _rows(residual)
-        _grid(kernels.forward, _ceil(on.n, tile.rows))(
-            out, pre, m, mixed, residual, folded, _dense(bias), seed,
+        grid(kernels.forward, ceil(on.n, tile.rows))(
+            out, pre, m, mixed, residual, folded, dense(bias), seed,
             on.n, m.stride(0), mixed.stride(0), residual.stride(0), threshold(dropout), scale(dropout),
             NORM=gain is not None, BIAS=bias is not None, DROPS=seed is not None, KEEP=keep, **on.constants(tile),
         )  # fmt: skip
@@ -183,28 +184,28 @@ def _backward(
         return tuple(result.zero_() for result in results)
     on = _Sizes(m, weight, heads)
     tile = on.plan.backward
-    programs = _ceil(on.n, tile.rows)
+    programs = ceil(on.n, tile.rows)
     bias_partial = m.new_empty(programs, on.d, dtype=torch.float32)
     u = torch.empty_like(dm)
     with torch.cuda.device_of(m):
         dy, m, mixed, residual = _rows(dy), _rows(m), _rows(mixed), _rows(residual)
-        _grid(kernels.backward, programs)(
+        grid(kernels.backward, programs)(
             dm, dmixed, dresidual, u, bias_partial, dy, pre.contiguous(), m, mixed, residual, folded, seed,
             on.n, dy.stride(0), m.stride(0), mixed.stride(0), residual.stride(0), threshold(dropout), scale(dropout),
             NORM=gain is not None, DROPS=seed is not None, **on.constants(tile),
         )  # fmt: skip
         tile = on.plan.weight
-        share = _ceil(_ceil(on.n, SHARES), tile.rows) * tile.rows
-        shares = _ceil(on.n, share)
-        columns = min(tile.values, max(16, _power(on.v)))
+        share = ceil(ceil(on.n, SHARES), tile.rows) * tile.rows
+        shares = ceil(on.n, share)
+        columns = min(tile.values, max(16, power(on.v)))
         partial = m.new_empty(shares, on.d, on.v, dtype=torch.float32)
         dpre = _rows(dmixed)[:, on.v : on.v + on.d]
-        _grid(weight_kernels.multiply, shares, _ceil(on.v, columns))(
+        grid(weight_kernels.multiply, shares, ceil(on.v, columns))(
             partial, dpre, u, on.n, share, dpre.stride(0),
             D=on.d, V=on.v, BM=tile.rows, BD=on.block, BV=columns, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
-        _grid(weight_kernels.finish, _ceil(on.v, COLUMNS) + _ceil(on.d, 2 * COLUMNS))(
-            dweight, dgain, dbias, partial, bias_partial, weight.contiguous(), _dense(gain), shares, programs,
+        grid(weight_kernels.finish, ceil(on.v, COLUMNS) + ceil(on.d, 2 * COLUMNS))(
+            dweight, dgain, dbias, partial, bias_partial, weight.contiguous(), dense(gain), shares, programs,
             D=on.d, V=on.v, NORM=gain is not None, BIAS=bias is not None, BD=on.block, BV=COLUMNS,
             SHARES=SUM // (on.block * COLUMNS), BLOCK=SUM // (2 * COLUMNS), COLUMNS=2 * COLUMNS, num_warps=8,
         )  # fmt: skip
@@ -262,32 +263,11 @@ def _differentiate(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tens
     return *given, None, None, None, None
 
 
-def _no_second_derivative(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    raise NotImplementedError("gated_output's Triton kernels have no second derivative: use impl='reference'")
-
-
 torch.library.register_autograd("chela::gated_output", _differentiate, setup_context=_save)
-torch.library.register_autograd("chela::gated_output_backward", _no_second_derivative)
+torch.library.register_autograd("chela::gated_output_backward", no_second_derivative("gated_output"))
 
 
 def _rows(tensor: Tensor) -> Tensor:
     """[N, width] with unit stride along the width; copied only where the rows are not evenly spaced in memory."""
     rows = tensor.reshape(-1, tensor.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-
-
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def _grid(kernel: Any, *programs: int) -> Any:
-    return kernel[programs]
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _power(n: int) -> int:
-    """The smallest power of 2 of at least n."""
-    return 1 << (n - 1).bit_length()

@@ -5,18 +5,12 @@ follow from the length of the input are plain arguments that Triton does not spe
 lengths. Where an address must be known to be aligned, the size comes divided by a constant and is multiplied by it.
 """
 
-from typing import Any
-
-import triton
 import triton.language as tl
 
-
-def _jit(*sizes: str) -> Any:
-    """Compile a kernel once for all values of these arguments."""
-    return triton.jit(do_not_specialize=[*sizes])
+from chela.ops.launch import jit
 
 
-@_jit("length", "batch", "front", "limit")
+@jit("length", "batch", "front", "limit")
 def to_blocks(
     x, out, length, batch, width, front, limit, xb, xt, xd, ob, oi, od, BLOCK: tl.constexpr, CHANNELS: tl.constexpr
 ):
@@ -35,7 +29,7 @@ def to_blocks(
     tl.store(target, value.to(out.dtype.element_ty), mask=(place < limit * 16)[:, None] & (d < width)[None, :])
 
 
-@_jit("length", "batch", "front", "limit")
+@jit("length", "batch", "front", "limit")
 def from_blocks(
     blocks, out, length, batch, width, front, limit, bb, bi, bd, o_b, o_t, BLOCK: tl.constexpr, CHANNELS: tl.constexpr
 ):
@@ -50,7 +44,7 @@ def from_blocks(
     tl.store(target, value.to(out.dtype.element_ty), mask=((t >= 0) & (t < length))[:, None] & (d < width)[None, :])
 
 
-@_jit("lags", "ahead", "origin", "stretch", "kd", "rd", "rl")
+@jit("lags", "ahead", "origin", "stretch", "kd", "rd", "rl")
 def shift_taps(
     kernel, reverse, taps, lags, ahead, origin, stretch, kd, kl, rd, rl, FLIP: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -71,7 +65,7 @@ def shift_taps(
         tl.store(taps + ((d * 8 + s) * stretch) * BLOCK + p, tap.to(taps.dtype.element_ty))
 
 
-@_jit("rows_in", "rows_out", "batch", "shift", "first_lag", "last_lag", "origin", "stretch")
+@jit("rows_in", "rows_out", "batch", "shift", "first_lag", "last_lag", "origin", "stretch")
 def convolve_blocks(
     x,
     taps,
@@ -129,7 +123,7 @@ def convolve_blocks(
     tl.store(target, total.to(out.dtype.element_ty), mask=(c < rows_out)[:, None])
 
 
-@_jit("rows_in", "rows_out", "batch", "shift", "first_lag")
+@jit("rows_in", "rows_out", "batch", "shift", "first_lag")
 def correlate_blocks(
     grad,
     x,
@@ -174,7 +168,7 @@ def correlate_blocks(
     tl.store(target + BLOCK, tl.sum(tl.where(straight, turned, 0.0), axis=0))
 
 
-@_jit("count", "lags", "first_lag", "start")
+@jit("count", "lags", "first_lag", "start")
 def collect_taps(sums, out, count, lags, first_lag, start, SIGN: tl.constexpr, BLOCK: tl.constexpr):
     """out[d, n] = the gradient of lag start + SIGN n, from the two block lags it has entries in."""
     d = tl.program_id(1).to(tl.int64)
@@ -187,18 +181,18 @@ def collect_taps(sums, out, count, lags, first_lag, start, SIGN: tl.constexpr, B
     tl.store(out + d * lags + n, (own + next_one).to(out.dtype.element_ty), mask=keep)
 
 
-@_jit()
+@jit()
 def _complex(pointer, keep):
     """Real and imaginary parts of numbers that lie side by side."""
     return tl.split(tl.load(pointer[:, None] + tl.arange(0, 2)[None, :], mask=keep[:, None], other=0))
 
 
-@_jit()
+@jit()
 def _store_complex(pointer, real, imaginary, keep):
     tl.store(pointer[:, None] + tl.arange(0, 2)[None, :], tl.join(real, imaginary), mask=keep[:, None])
 
 
-@_jit("points", "channels")
+@jit("points", "channels")
 def filter_spectra(h, k, points, channels, SPAN: tl.constexpr):
     """h[b, d, w] *= k[d, w], complex."""
     row = tl.program_id(0).to(tl.int64)  # b D + d
@@ -210,7 +204,7 @@ def filter_spectra(h, k, points, channels, SPAN: tl.constexpr):
     _store_complex(target, hr * kr - hi * ki, hr * ki + hi * kr, keep)
 
 
-@_jit("points", "channels", "batch")
+@jit("points", "channels", "batch")
 def filter_spectra_backward(g, h, k, dk, points, channels, batch, SPAN: tl.constexpr):
     """dk[d, w] = sum_b conj(h[b, d, w]) g[b, d, w]; then g[b, d, w] *= conj(k[d, w])."""
     d = tl.program_id(1).to(tl.int64)

@@ -10,25 +10,19 @@ Tables: f1 [4, N1, N1] is F1 (real, imaginary) and its transpose; f2 [2, N2, N2]
 Tiles are [N1, N2] unless said otherwise.
 """
 
-from typing import Any
-
-import triton
 import triton.language as tl
 
-
-def _jit(*sizes: str) -> Any:
-    """Compile a kernel once for all values of these arguments."""
-    return triton.jit(do_not_specialize=[*sizes])
+from chela.ops.launch import jit
 
 
-@_jit()
+@jit()
 def power_of(re, im):
     """The power of two that brings the largest entry of two tiles to [1, 2); 2^-100 for zeros."""
     most = tl.max(tl.max(tl.maximum(tl.abs(re), tl.abs(im)), 1), 0)
     return tl.exp2(tl.floor(tl.log2(tl.maximum(most, 1e-30))))
 
 
-@_jit()
+@jit()
 def _load_row(pointer):
     """A row as float16 numbers below 2 and the power of two they were divided by."""
     v = tl.load(pointer).to(tl.float32)
@@ -36,7 +30,7 @@ def _load_row(pointer):
     return (v / scale).to(tl.float16), scale
 
 
-@_jit()
+@jit()
 def _transform(v, f1, f2, twiddle, N1: tl.constexpr, N2: tl.constexpr):
     """Real row in float16 -> spectrum, real and imaginary parts in float32."""
     a, c = tl.arange(0, N1), tl.arange(0, N2)
@@ -49,7 +43,7 @@ def _transform(v, f1, f2, twiddle, N1: tl.constexpr, N2: tl.constexpr):
     return tl.dot(-bi, gi, tl.dot(br, gr)), tl.dot(bi, gr, tl.dot(br, gi))
 
 
-@_jit()
+@jit()
 def _half_inverse(pr, pi, f2, twiddle, N1: tl.constexpr, N2: tl.constexpr):
     """Spectrum in float16 -> what F1 is still to be undone of, in float16."""
     a, c = tl.arange(0, N1), tl.arange(0, N2)
@@ -60,7 +54,7 @@ def _half_inverse(pr, pi, f2, twiddle, N1: tl.constexpr, N2: tl.constexpr):
     return (dr * wr + di * wi).to(tl.float16), (di * wr - dr * wi).to(tl.float16)
 
 
-@_jit("batch")
+@jit("batch")
 def convolve_rows(
     x, out, spectra, powers, f1, f2, twiddle, batch, MIRROR: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr
 ):
@@ -83,7 +77,7 @@ def convolve_rows(
     tl.store(out + row * (N1 * N2) + grid, (y * size).to(out.dtype.element_ty))
 
 
-@_jit("lags", "ahead", "kd", "rd", "rl")
+@jit("lags", "ahead", "kd", "rd", "rl")
 def transform_taps(
     kernel,
     reverse,
@@ -126,7 +120,7 @@ def transform_taps(
     tl.store(powers + d, scale * top * tl.sqrt((N1 * N2) * 1.0))
 
 
-@_jit("batch", "channels")
+@jit("batch", "channels")
 def correlate_rows(
     g, x, sums, f1, f2, twiddle, batch, channels, PART: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr
 ):
@@ -149,7 +143,7 @@ def correlate_rows(
     tl.store(at + N1 * N2, imaginary)
 
 
-@_jit("parts", "lags", "ahead")
+@jit("parts", "lags", "ahead")
 def collect_rows(
     sums,
     d_kernel,

@@ -1,17 +1,11 @@
 """The Triton kernel of a step of the online convolution (`online.py`): one token of every row, between block ends."""
 
-from typing import Any
-
-import triton
 import triton.language as tl
 
-
-def _jit(*sizes: str) -> Any:
-    """Compile a kernel once for all values of these arguments."""
-    return triton.jit(do_not_specialize=[*sizes])
+from chela.ops.launch import jit
 
 
-@_jit("epoch")
+@jit("epoch")
 def step(
     x, inputs, pending, near, position, out, epoch, channels, BLOCK: tl.constexpr, CHANNELS: tl.constexpr
 ):  # fmt: skip

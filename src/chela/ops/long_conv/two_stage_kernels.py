@@ -10,20 +10,13 @@ theta. Every factor is unitary. Spectra are [R, 2, N0, Ni], real and imaginary p
 tile of the outer stage [R, Ni / TILE] or a row of the inner one [R, N0].
 """
 
-from typing import Any
-
-import triton
 import triton.language as tl
 
+from chela.ops.launch import jit
 from chela.ops.long_conv.on_chip_kernels import power_of
 
 
-def _jit(*sizes: str) -> Any:
-    """Compile a kernel once for all values of these arguments."""
-    return triton.jit(do_not_specialize=[*sizes])
-
-
-@_jit("lags", "ahead", "xr", "wr", "wl", "inner")
+@jit("lags", "ahead", "xr", "wr", "wl", "inner")
 def outer_forward(
     x,
     w,
@@ -73,7 +66,7 @@ def outer_forward(
     tl.store(scales + row * tl.num_programs(1) + tile, scale)
 
 
-@_jit("factor", "lags", "ahead", "inner")
+@jit("factor", "lags", "ahead", "inner")
 def outer_inverse(
     z,
     powers,
@@ -118,7 +111,7 @@ def outer_inverse(
         tl.store(future + row * ahead + lag - 1, y.to(future.dtype.element_ty), mask=lag <= ahead)
 
 
-@_jit()
+@jit()
 def _transform(
     z,
     scales,
@@ -149,7 +142,7 @@ def _transform(
     return tl.dot(-bi, gi, tl.dot(br, gr)), tl.dot(bi, gr, tl.dot(br, gi)), power
 
 
-@_jit()
+@jit()
 def _inverse(
     pr, pi, out, powers, row, k0, factor, f1, f2, twiddle, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr
 ):
@@ -171,7 +164,7 @@ def _inverse(
     tl.store(powers + row * N0 + k0, power * factor)
 
 
-@_jit()
+@jit()
 def inner_spectra(
     z,
     scales,
@@ -195,7 +188,7 @@ def inner_spectra(
     tl.store(powers + row * N0 + k0, power * more)
 
 
-@_jit("batch")
+@jit("batch")
 def inner_convolve(
     z,
     scales,
@@ -225,7 +218,7 @@ def inner_convolve(
     _inverse(cr * lr - ci * li, cr * li + ci * lr, out, after, row, k0, power, f1, f2, twiddle, N0, N1, N2)
 
 
-@_jit("batch")
+@jit("batch")
 def inner_correlate(
     g,
     g_scales,

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from chela.ops.launch import ceil, no_second_derivative, power
 from chela.ops.short_conv import kernels
 
 MOST_TAPS = 32
@@ -190,7 +191,7 @@ def _backward(
             DSTATE_OUT=dstate_out is not None,
             **cut.options,
         )
-        total: Any = kernels.sum_partials[(_ceil((width + 1) * channels, SUM[1]),)]
+        total: Any = kernels.sum_partials[(ceil((width + 1) * channels, SUM[1]),)]
         total(
             dweight,
             dbias,
@@ -255,12 +256,8 @@ def _differentiate(ctx: Any, dy: Tensor | None, dstate_out: Tensor | None) -> tu
     return dx, dweight, dbias, dstate, None, None, None, None
 
 
-def _no_second_derivative(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    raise NotImplementedError("short_conv's Triton kernels have no second derivative: use impl='reference'")
-
-
 torch.library.register_autograd("chela::short_conv", _differentiate, setup_context=_save)
-torch.library.register_autograd("chela::short_conv_backward", _no_second_derivative)
+torch.library.register_autograd("chela::short_conv_backward", no_second_derivative("short_conv"))
 
 
 class _Rows:
@@ -284,15 +281,15 @@ class _Cut:
     def __init__(self, x: Tensor, width: int, cu_seqlens: Tensor | None, tile: Tile):
         batch, length, channels = x.shape
         self.sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        block = min(_power(channels), CHANNELS)
+        block = min(power(channels), CHANNELS)
         segments = max(32 * tile.warps * tile.elements // block, 1)
-        tiles = _ceil(channels, block)
-        unit = max(_power(width), 4)
-        fit = _power(_ceil(batch * length * tiles, segments * PROGRAMS))
-        chunk = min(max(fit, SHORTEST * unit), LONGEST * unit, max(_power(length), tile.unroll))
-        stretches = max(_ceil(length, chunk), 1)
+        tiles = ceil(channels, block)
+        unit = max(power(width), 4)
+        fit = power(ceil(batch * length * tiles, segments * PROGRAMS))
+        chunk = min(max(fit, SHORTEST * unit), LONGEST * unit, max(power(length), tile.unroll))
+        stretches = max(ceil(length, chunk), 1)
         total = batch * stretches if cu_seqlens is None else length // chunk + self.sequences
-        self.grid = (_ceil(total, segments), tiles)
+        self.grid = (ceil(total, segments), tiles)
         self.sizes = (self.sequences, length, stretches, chunk, self.sequences.bit_length())
         self.options = {
             "D": channels,
@@ -307,12 +304,3 @@ class _Cut:
 
 def _of(table: dict[int, Tile], width: int) -> Tile:
     return next(tile for widest, tile in table.items() if width <= widest)
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _power(n: int) -> int:
-    """The smallest power of 2 of at least n."""
-    return 1 << max(n - 1, 0).bit_length()
