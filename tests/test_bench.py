@@ -241,10 +241,9 @@ def test_training_updates_are_checked_timed_and_plotted(tmp_path, console):
 def test_a_wrong_update_is_not_timed(monkeypatch):
     plain = bench_training.make_update
 
-    def wrong(*arguments, **options):
-        first = arguments[4].train.compile
-        kind = torch.bfloat16 if first else torch.float32
-        return plain(*arguments[:-1], kind, **options)  # pyrefly: ignore
+    def wrong(learner):
+        kind = torch.bfloat16 if learner.run.train.compile else torch.float32
+        return plain(replace(learner, dtype=kind))
 
     monkeypatch.setattr(bench_training, "make_update", wrong)
     with pytest.raises(AssertionError, match="off the plain update's"):

@@ -11,7 +11,7 @@ from chela.models import build
 from chela.training import journal
 from chela.training.metrics import forward, score
 from chela.training.stream import Source, pad
-from chela.training.update import GraphedUpdate, compile_blocks, uncompiled
+from chela.training.update import GraphedUpdate, Learner, compile_blocks, uncompiled
 from test_checkpoint import assert_same_run  # pyrefly: ignore
 from training_kit import LENGTH, Words, make_run, make_task, run_tiny  # pyrefly: ignore
 
@@ -144,7 +144,7 @@ def test_a_recording_takes_no_step(tmp_path):
     compile_blocks(network)
     optimizer, sums = make_optimizer(network, run.optim), torch.zeros(3, dtype=torch.float64, device=device)
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    update = GraphedUpdate(network, optimizer, Guard(device), sums, run, torch.float32)
+    update = GraphedUpdate(Learner(network, optimizer, Guard(device), sums, run, torch.float32))
     part = Source(make_task(), run).share(0).parts[0]
     update._record(part)
     for name, value in network.state_dict().items():

@@ -25,7 +25,7 @@ from chela.ops.impl import Impl
 from chela.training.guard import Guard
 from chela.training.optim import make_optimizer
 from chela.training.stream import Share
-from chela.training.update import Update, compile_blocks, make_update
+from chela.training.update import Learner, Update, compile_blocks, make_update
 
 OP = "training step"
 TOKENS = 131_072
@@ -150,7 +150,7 @@ def _update(
         compile_blocks(model)
     with (
         _implementation(model, entrant.impl),
-        make_update(model, optimizer, Guard(device), sums, settings, dtype) as update,
+        make_update(Learner(model, optimizer, Guard(device), sums, settings, dtype)) as update,
     ):
         yield update, share, sums
 

@@ -27,7 +27,7 @@ from chela.training.optim import make_optimizer, schedule, set_rate
 from chela.training.progress import Display
 from chela.training.step import Objective, compute_gradients
 from chela.training.stream import Source, Stream
-from chela.training.update import compile_blocks, make_update, uncompiled
+from chela.training.update import Learner, compile_blocks, make_update, uncompiled
 
 
 @dataclass(frozen=True)
@@ -120,10 +120,11 @@ class Trainer:
         """Take the steps that are left; False if a signal or the deadline stopped it, with a checkpoint saved."""
         run, state = self.run, self.state
         first, busy, tokens = state.step, 0.0, 0
+        learner = Learner(self.model, self.optimizer, self.guard, self.sums, run, self.dtype, self.carried)
         with (
             Interrupt(deadline) as interrupt,
             Stream(self.source, run.train.steps, self.device) as stream,
-            make_update(self.model, self.optimizer, self.guard, self.sums, run, self.dtype, self.carried) as update,
+            make_update(learner) as update,
             self.display.live(state.step),
         ):
             while state.step < run.train.steps:

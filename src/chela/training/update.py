@@ -25,37 +25,63 @@ Update = Callable[[Share, int, int], None]
 """Takes a share, the number of targets in all shares, and the step: updates the weights, adds to the sums."""
 
 
+@dataclass(frozen=True)
+class Learner:
+    """What an update works on."""
+
+    model: nn.Module
+    """On its device."""
+    optimizer: torch.optim.Optimizer
+    """Of its parameters."""
+    guard: Guard
+    """Told of every step."""
+    sums: Tensor
+    """Loss, hits and gradient norm so far, float64 [3], on the device; each update adds its own."""
+    run: RunConfig
+    """Every setting."""
+    dtype: torch.dtype
+    """Compute type."""
+    carried: Carried | None = None
+    """The rows' state, where it is carried from step to step."""
+
+    def apply(self, scores: Tensor, step: int | Tensor) -> None:
+        """Clip, update (unless a step so far was not finite) and forget the gradients; add scores and norm to the sums.
+
+        Args:
+            scores: loss and hits over all processes, float64 [2].
+            step: number of the step; a float64 tensor inside a CUDA graph.
+        """
+        loss, hits = scores
+        norm = clip_gradients(self.model, self.run.optim.clip)
+        bad = self.guard.watch(step, loss, norm)
+        self.optimizer.found_inf = bad  # pyrefly: ignore
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.sums.add_(torch.stack([loss, hits, norm.double()]))
+        if self.carried is not None:
+            self.carried.keep(bad)
+
+    def changed(self) -> list[Tensor]:
+        """Whatever an update changes."""
+        averages = [value for state in self.optimizer.state.values() for value in state.values()]
+        carried = [] if self.carried is None else self.carried.state.tensors()
+        return [*self.model.parameters(), *self.model.buffers(), *averages, self.sums, self.guard.bad_step, *carried]
+
+
 @contextmanager
-def make_update(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    guard: Guard,
-    sums: Tensor,
-    run: RunConfig,
-    dtype: torch.dtype,
-    carried: Carried | None = None,
-) -> Iterator[Update]:
+def make_update(learner: Learner) -> Iterator[Update]:
     """The update that fits the device and the settings.
 
     A CUDA graph holds the update of one process that takes its batch in one piece; elsewhere kernels are launched one
     by one. So they are where blocks are computed again with dropout: a graph cannot set back the generator for it.
-
-    Args:
-        model: on its device.
-        optimizer: of its parameters.
-        guard: told of every step.
-        sums: loss, hits and gradient norm so far, float64 [3], on the device; each update adds its own.
-        run: every setting.
-        dtype: compute type.
-        carried: the rows' state, where it is carried from step to step.
     """
-    device = sums.device
+    run = learner.run
     whole = distributed.size() == 1 and run.train.accumulate == 1
     drawn_again = run.train.checkpoint_blocks and (run.model.dropout > 0 or run.model.tap_dropout > 0)
-    if device.type == "cuda" and run.train.compile and whole and not drawn_again:
-        yield GraphedUpdate(model, optimizer, guard, sums, run, dtype, carried)
+    if learner.sums.is_cuda and run.train.compile and whole and not drawn_again:
+        yield GraphedUpdate(learner)
         return
-    update = PlainUpdate(model, optimizer, guard, sums, run, dtype, carried)
+    update = PlainUpdate(learner)
     try:
         yield update
     finally:
@@ -65,57 +91,23 @@ def make_update(
 class PlainUpdate:
     """An update launched kernel by kernel, on any device and any number of processes."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        guard: Guard,
-        sums: Tensor,
-        run: RunConfig,
-        dtype: torch.dtype,
-        carried: Carried | None = None,
-    ) -> None:
-        self.model, self.optimizer, self.guard, self.sums = model, optimizer, guard, sums
-        self.run, self.dtype, self.carried = run, dtype, carried
-        self.parallel: nn.Module | None = distributed.wrap(Objective(model), sums.device)
+    def __init__(self, learner: Learner) -> None:
+        self.learner = learner
+        self.parallel: nn.Module | None = distributed.wrap(Objective(learner.model), learner.sums.device)
 
     def __call__(self, share: Share, targets: int, step: int) -> None:
         """Update the weights with this process's share."""
         assert self.parallel is not None
-        seed, device = self.run.seed, self.sums.device
-        scores = compute_gradients(self.parallel, share.parts, targets, seed, step, device, self.dtype, self.carried)
-        distributed.sum_over_ranks(scores)
-        bad = apply_gradients(self.model, self.optimizer, self.guard, self.sums, self.run.optim.clip, scores, step)
-        if self.carried is not None:
-            self.carried.keep(bad)
+        learner = self.learner
+        seed, device = learner.run.seed, learner.sums.device
+        scores = compute_gradients(
+            self.parallel, share.parts, targets, seed, step, device, learner.dtype, learner.carried
+        )
+        learner.apply(distributed.sum_over_ranks(scores), step)
 
     def release(self) -> None:
         """Let go of DDP, which holds on to the process group, also where a traceback holds on to this update."""
         self.parallel = None
-
-
-def apply_gradients(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    guard: Guard,
-    sums: Tensor,
-    clip: float,
-    scores: Tensor,
-    step: int | Tensor,
-) -> Tensor:
-    """Clip, update (unless a step so far was not finite) and forget the gradients; add scores and norm to the sums.
-
-    Returns:
-        1 (no update) or 0, on the device.
-    """
-    loss, hits = scores
-    norm = clip_gradients(model, clip)
-    bad = guard.watch(step, loss, norm)
-    optimizer.found_inf = bad  # pyrefly: ignore
-    optimizer.step()
-    optimizer.zero_grad()
-    sums += torch.stack([loss, hits, norm.double()])
-    return bad
 
 
 @dataclass(frozen=True)
@@ -131,21 +123,11 @@ class Recording:
 class GraphedUpdate:
     """An update that is recorded when a shape of batch is first met, and replayed from then on."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        guard: Guard,
-        sums: Tensor,
-        run: RunConfig,
-        dtype: torch.dtype,
-        carried: Carried | None = None,
-    ) -> None:
-        self.model, self.optimizer, self.guard, self.sums = model, optimizer, guard, sums
-        self.run, self.dtype, self.carried = run, dtype, carried
-        self.objective = Objective(model)
-        self.step = torch.zeros((), dtype=torch.float64, device=sums.device)
-        self.weight = torch.zeros((), device=sums.device)  # of each target in the loss
+    def __init__(self, learner: Learner) -> None:
+        self.learner, self.objective = learner, Objective(learner.model)
+        device = learner.sums.device
+        self.step = torch.zeros((), dtype=torch.float64, device=device)
+        self.weight = torch.zeros((), device=device)  # of each target in the loss
         self.recordings: dict[tuple[torch.Size | None, ...], Recording] = {}
         self.memory = torch.cuda.graph_pool_handle()  # one for all: only one recording runs at a time
 
@@ -161,20 +143,17 @@ class GraphedUpdate:
                 place.copy_(value, non_blocking=True)
         self.step.fill_(step)
         self.weight.fill_(1 / max(targets, 1))
-        torch.manual_seed(dropout_seed(self.run.seed, step, 0, 0))  # a replay reads the generator's seed anew
+        torch.manual_seed(dropout_seed(self.learner.run.seed, step, 0, 0))  # a replay reads the generator's seed anew
         recording.graph.replay()
 
     def _update(self, batch: Batch) -> None:
-        scores = add_gradients(self.objective, batch, self.weight, self.dtype, self.carried)
-        clip = self.run.optim.clip
-        bad = apply_gradients(self.model, self.optimizer, self.guard, self.sums, clip, scores, self.step)
-        if self.carried is not None:
-            self.carried.keep(bad)
+        learner = self.learner
+        learner.apply(add_gradients(self.objective, batch, self.weight, learner.dtype, learner.carried), self.step)
 
     def _record(self, part: Batch) -> Recording:
         """Take a step that compiles whatever it meets, undo it, and record the next."""
-        batch = part.to(self.sums.device)
-        before = {id(tensor): tensor.detach().clone() for tensor in self._state()}
+        batch = part.to(self.learner.sums.device)
+        before = {id(tensor): tensor.detach().clone() for tensor in self.learner.changed()}
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside), warnings.catch_warnings():
@@ -182,19 +161,13 @@ class GraphedUpdate:
             self._update(batch)
         torch.cuda.current_stream().wait_stream(aside)
         with torch.no_grad():
-            for tensor in self._state():  # AdamW's averages are new and start at 0
+            for tensor in self.learner.changed():  # AdamW's averages are new and start at 0
                 tensor.copy_(before.get(id(tensor), torch.zeros_like(tensor)))
         del before
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.memory):
             self._update(batch)
         return Recording(graph, batch)
-
-    def _state(self) -> list[Tensor]:
-        """Whatever an update changes."""
-        averages = [value for state in self.optimizer.state.values() for value in state.values()]
-        carried = [] if self.carried is None else self.carried.state.tensors()
-        return [*self.model.parameters(), *self.model.buffers(), *averages, self.sums, self.guard.bad_step, *carried]
 
 
 def compile_blocks(model: nn.Module) -> None:
