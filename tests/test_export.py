@@ -132,7 +132,7 @@ def test_what_is_not_exported_is_said():
         export_forward(make(replace(CLASSIFIER, kind="two-tower")))
     with pytest.raises(ValueError, match="only a CausalLM is exported, got a Classifier"):
         export_step(make(CLASSIFIER))
-    with pytest.raises(ValueError, match=r"call eval\(\) first"):
+    with pytest.raises(ValueError, match=r"call model\.eval\(\) first"):
         export_forward(make(LM).train())
     with pytest.raises(ValueError, match="not those of transformer"):
         export_forward(make(replace(LM, mixer="transformer", norm="rms", heads=2)))

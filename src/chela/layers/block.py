@@ -2,12 +2,12 @@
 
 from typing import Any
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from chela.layers.chela import ChelaLayer, LayerState
 from chela.layers.norms import NormKind, make_norm
+from chela.ops.dropout import draw_seed
 from chela.ops.feed_forward import feed_forward, widest
 from chela.ops.impl import Impl
 
@@ -85,8 +85,7 @@ class ChelaBlock(nn.Module):
             # "auto" will take the op, too, once its present kernels have been held to float64 on a GPU
             return x + layers(norm(x, mask) if self.prenorm else x)
         dropout = self.dropout if self.training else 0.0
-        seed = torch.randint(2**62, (), device=x.device) if dropout else None
-        options: dict[str, Any] = {"dropout": dropout, "seed": seed, "impl": impl}
+        options: dict[str, Any] = {"dropout": dropout, "seed": draw_seed(dropout, x.device), "impl": impl}
         inputs = x
         if self.prenorm and self.norm == "batch":  # its statistics cross positions
             inputs, options["residual"] = norm(x, mask), x

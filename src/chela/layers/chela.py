@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from chela.layers.attention import AttentionNorm, GatedLinearAttention
 from chela.layers.long_kernel import KernelKind
 from chela.layers.short_long_conv import ShortLongConv, ShortLongState
+from chela.ops.dropout import draw_seed
 from chela.ops.gated_output import gated_output
 from chela.ops.impl import Impl
 
@@ -168,7 +169,6 @@ class ChelaLayer(nn.Module):
         """Norm, gate and product of the attention and the gate over the residual, in one op."""
         assert self.attention is not None
         dropout = self.dropout.p if self.training else 0.0
-        seed = torch.randint(2**62, (), device=m.device) if dropout else None
         return gated_output(
             m,
             mixed,
@@ -178,7 +178,7 @@ class ChelaLayer(nn.Module):
             gain=self.attention.norm_gain,
             heads=self.attention.heads,
             dropout=dropout,
-            seed=seed,
+            seed=draw_seed(dropout, m.device),
             impl="triton",
         )
 

@@ -169,7 +169,9 @@ class ShortLongConv(nn.Module):
     ) -> Tensor:
         """Each branch through its own convolution and batch norm: its statistics are not known before."""
         if return_state or before.long is not None:
-            raise ValueError("branch norm trains on whole sequences: call eval() or merge() before carrying a state")
+            raise ValueError(
+                "branch norm trains on whole sequences: call eval() or merge() on the model to carry a state"
+            )
         assert kernel.norms is not None
         total = torch.zeros_like(u)
         for index, norm in enumerate(kernel.norms):

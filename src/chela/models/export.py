@@ -112,4 +112,4 @@ def _check(model: nn.Module, kinds: tuple[type, ...]) -> None:
     if model.config.mixer != "chela":
         raise ValueError(f"only CHELA's own layers are exported, not those of {model.config.mixer}")
     if model.training:
-        raise ValueError("a model is exported in evaluation mode: call eval() first")
+        raise ValueError("a model is exported in evaluation mode: call model.eval() first")

@@ -34,6 +34,11 @@ def threshold(rate: float) -> int:
     return min(round(rate * HALF), HALF - 1)
 
 
+def draw_seed(rate: float, device: torch.device) -> Tensor | None:
+    """A seed from torch's generator of the device, int64 []; None where nothing is dropped."""
+    return torch.randint(2**62, (), device=device) if threshold(rate) else None
+
+
 def check_seed(seed: Tensor | None, name: str, x: Tensor) -> None:
     """Refuse a seed that an op with dropout on `x`, called `name`, cannot use.
 
@@ -44,7 +49,7 @@ def check_seed(seed: Tensor | None, name: str, x: Tensor) -> None:
         got = "None" if seed is None else f"{seed.dtype} {list(seed.shape)} on {seed.device}"
         raise ValueError(
             f"dropout needs a seed, an int64 tensor [] on the device of {name}, {x.device}; got {got}: "
-            "make one with torch.randint(2**62, (), device=...)"
+            "make one with chela.ops.dropout.draw_seed"
         )
 
 
