@@ -184,6 +184,19 @@ def test_multiscale_kernel_is_the_same_by_product_and_by_pieces(length):
     assert results[0][0].shape == (5, length)
 
 
+def test_a_layer_too_wide_for_a_fused_op_takes_kernels_for_the_others():
+    block = ChelaBlock(ChelaLayer(272, kernel_length=8, d_key=8, d_value=16, branches=()), d_ff=16)
+    x = torch.randn(1, 8, 272)
+    with torch.no_grad():
+        torch.testing.assert_close(block(x, impl="triton")[0], block(x)[0], rtol=1e-3, atol=1e-3)
+
+
+def test_a_very_long_multiscale_kernel_makes_no_matrix():
+    kernel = MultiscaleKernel(1, 2**20)
+    assert kernel.holds is None
+    assert kernel().shape == (1, 2**20)
+
+
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 16, 17, 1000])
 def test_kernels_of_any_length(length):
     for kind in ("dense", "multiscale"):

@@ -11,7 +11,7 @@ from chela.layers.attention import AttentionNorm, GatedLinearAttention
 from chela.layers.long_kernel import KernelKind
 from chela.layers.short_long_conv import ShortLongConv, ShortLongState
 from chela.ops.dropout import draw_seed
-from chela.ops.gated_output import gated_output
+from chela.ops.gated_output import WIDEST, gated_output
 from chela.ops.impl import Impl
 
 
@@ -155,7 +155,8 @@ class ChelaLayer(nn.Module):
             cu_seqlens=cu_seqlens,
             impl=impl,
         )
-        if impl == "triton":  # "auto" will take it, too, once its kernels have been held to float64 on a GPU
+        if impl == "triton" and self.d_model <= WIDEST:
+            # "auto" will take it, too, once its kernels have been held to float64 on a GPU
             y = self._gated_output(m, mixed, residual)
         else:
             gate, h, p = mixed.split([d_value, self.d_model, self.d_model], dim=-1)

@@ -73,9 +73,11 @@ class MultiscaleKernel(nn.Module):
         amplitude = torch.exp(-starts / time_scales(d_model, length).unsqueeze(1)) * held**-0.5
         energy = (amplitude.square() * held * taps_per_octave).sum(1, keepdim=True)
         self.register_buffer("amplitude", amplitude * energy.rsqrt(), persistent=False)  # [D, octaves]
-        owner = torch.arange(octaves * taps_per_octave).repeat_interleave(held.repeat_interleave(taps_per_octave))
-        holds = owner[:length] == torch.arange(octaves * taps_per_octave).unsqueeze(1)
-        self.register_buffer("holds", holds.float() if holds.numel() <= LARGEST else None, persistent=False)
+        count, holds = octaves * taps_per_octave, None
+        if count * length <= LARGEST:
+            owner = torch.arange(count).repeat_interleave(held.repeat_interleave(taps_per_octave))[:length]
+            holds = (owner == torch.arange(count).unsqueeze(1)).float()  # [octaves m, L]
+        self.register_buffer("holds", holds, persistent=False)
 
     def forward(self) -> Float[Tensor, "d l"]:
         """The kernel, `[D, L]`."""
