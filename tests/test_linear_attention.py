@@ -165,7 +165,7 @@ MEMORY = """
 import resource, sys
 import torch
 from chela.ops import linear_attention
-from chela.ops.testing import linear_attention_inputs
+from chela.ops.random_inputs import linear_attention_inputs
 
 torch.set_num_threads(1)
 def peak_mb():
