@@ -7,10 +7,12 @@ from typing import Any, ClassVar, Self
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from chela.models.causal_lm import CausalLM
+from chela.models.chunked_loss import IGNORED
 from chela.models.hf.base import RunModel, answer, as_mask
 from chela.models.hf.cache import ChelaCache
 from chela.models.hf.config import Kind
@@ -60,10 +62,11 @@ class ChelaForCausalLM(RunModel, GenerationMixin):
         logits_to_keep: int = 0,
         cu_seqlens: Int[Tensor, " n_plus_1"] | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        skip_logits: bool | None = None,
         return_dict: bool | None = None,
         impl: Impl = "auto",
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Logits [B, T, vocab] of the token after each position.
+        """Logits [B, T, vocab] of the token after each position; in training with labels, their loss alone.
 
         Args:
             input_ids: int64 [B, T].
@@ -77,11 +80,16 @@ class ChelaForCausalLM(RunModel, GenerationMixin):
                 of every document must be -100.
             num_items_in_batch: labels over all slices of an optimiser step (`Trainer` passes it): the loss is their
                 sum divided by it.
+            skip_logits: compute the loss in slices of positions and leave `logits` None, so that neither logits nor
+                their gradient are ever held whole (needs labels, no cache). None does so in training mode alone (the
+                convention of Liger Kernel's models, Hsu et al. 2024), and not past a head or a loss function that is
+                no longer the model's own; False keeps the logits.
             return_dict: False returns a tuple; None asks the config.
             impl: implementation of the ops.
 
         Raises:
-            ValueError: wrong inputs, a cache of another kind, or one together with padding or `cu_seqlens`.
+            ValueError: wrong inputs, a cache of another kind, or one together with padding or `cu_seqlens`, or logits
+                to be skipped that are needed.
         """
         if past_key_values is not None and not isinstance(past_key_values, ChelaCache):
             raise ValueError(f"the cache of a CHELA model is a ChelaCache, got a {type(past_key_values).__name__}")
@@ -89,6 +97,13 @@ class ChelaForCausalLM(RunModel, GenerationMixin):
             use_cache = self.config.use_cache and not self.training and labels is None and cu_seqlens is None
         cache = ChelaCache() if past_key_values is None and use_cache else past_key_values
         mask = as_mask(attention_mask, input_ids)
+        if skip_logits is None:
+            skip_logits = self.training and labels is not None and cache is None and self._own_loss()
+        if skip_logits:
+            if labels is None or cache is not None or not self._own_loss():
+                raise ValueError("skip_logits needs labels, no cache, and the model's own head and loss function")
+            loss = self._loss_alone(input_ids, labels, mask, cu_seqlens, num_items_in_batch, impl)
+            return answer(self, CausalLMOutputWithPast(loss=loss), return_dict)  # pyrefly: ignore
         if cache is None:
             x, _ = self.chela.backbone(input_ids, mask=mask, cu_seqlens=cu_seqlens, impl=impl)
             logits = self.chela.head(x[:, -logits_to_keep:])
@@ -103,6 +118,28 @@ class ChelaForCausalLM(RunModel, GenerationMixin):
             )
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)  # pyrefly: ignore
         return answer(self, output, return_dict)
+
+    def _own_loss(self) -> bool:
+        """Whether weight and bias of the head say all: no adapter, hook or loss function of someone else's is there."""
+        head = self.chela.head
+        hooked = head._forward_hooks or head._forward_pre_hooks
+        return type(head) is nn.Linear and not hooked and not hasattr(self, "_loss_function")
+
+    def _loss_alone(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        count: Tensor | int | None,
+        impl: Impl,
+    ) -> Tensor:
+        """The loss of transformers' `ForCausalLMLoss`, from slices of positions."""
+        following = F.pad(labels[:, 1:], (0, 1), value=IGNORED).to(tokens.device)
+        loss, _, _ = self.chela.loss(tokens, following, mask, cu_seqlens, impl=impl)
+        if count is None:
+            count = (following != IGNORED).sum()
+        return loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
 
     def _read(self, tokens: Tensor, mask: Tensor | None, cache: ChelaCache, keep: int, impl: Impl) -> Tensor:
         """Logits [B, keep, vocab] of tokens that follow on a cache, which is moved on."""
