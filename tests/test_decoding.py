@@ -53,6 +53,40 @@ def test_what_a_graph_holds_stays_where_it_is_and_gives_the_same():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("merged", [True, False])
+def test_rows_are_taken_in_any_order_and_number(merged):
+    model = make() if merged else CausalLM(CONFIG).double().eval()
+    tokens = torch.randint(17, (3, 100))
+    decoder, place = Decoder(model, model.prefill(tokens[:, :10])[1]), 10
+    for rows in ([2, 0, 0], [1, 2], [0, 0, 1, 1]):
+        tokens = tokens[rows]
+        decoder.select(torch.tensor(rows))
+        for _ in range(30):
+            whole = model(tokens[:, : place + 1])[:, -1]
+            assert_close(decoder.step(tokens[:, place]), whole, rtol=1e-9, atol=1e-9)
+            place += 1
+    assert decoder.state.batch_size == 4
+
+
+@torch.no_grad()
+def test_rows_of_a_recorded_step_are_taken_in_place_and_another_number_forgets_the_recording():
+    model, tokens = make(), torch.randint(17, (3, 80))
+    decoder = Decoder(model, model.prefill(tokens[:, :10])[1])
+    for place in range(10, 75):
+        decoder.step(tokens[:, place])
+    decoder._graph = object()  # as on a GPU  # pyrefly: ignore
+    before, places = decoder.state.clone(), [tensor.data_ptr() for tensor in decoder.state.tensors()]
+    rows = torch.tensor([1, 1, 0])
+    decoder.select(rows)
+    assert [tensor.data_ptr() for tensor in decoder.state.tensors()] == places
+    for one, two in zip(decoder.state.tensors(), before.select(rows).tensors(), strict=True):
+        assert torch.equal(one, two)
+    decoder.select(rows[:2])
+    assert decoder._graph is None
+    assert_close(decoder.step(tokens[[1, 1], 75]), model(tokens[[1, 1], :76])[:, -1], rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
 def test_an_unmerged_model_and_a_baseline_step_plainly():
     torch.manual_seed(0)
     transformer = ModelConfig(
@@ -77,8 +111,7 @@ def test_recorded_steps_on_a_gpu(dtype):
     tokens = torch.randint(17, (2, 2200), device="cuda")
     with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
         _, state = model.prefill(tokens[:, :10])
-        plain, recorded = Decoder(model, state.clone()), Decoder(model, state)
-        plain._recorded = False
+        plain, recorded = Decoder(model, state.clone(), record=False), Decoder(model, state)
         for place in range(10, 2200):  # over the end of two epochs of 1,024
             a, b = plain.step(tokens[:, place]), recorded.step(tokens[:, place])
             assert_close(

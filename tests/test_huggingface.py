@@ -397,6 +397,42 @@ def test_a_cache_goes_on_where_it_was_left():
     assert torch.equal(pieces.sequences, whole)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, {"merged": True}, TRANSFORMER | {"merged": True}])
+def test_a_copied_cache_holds_no_model_and_logits_stay_as_they_were(changes):
+    model, tokens = make_lm(**changes), torch.randint(20, (2, 30))
+    full = model(tokens, use_cache=False).logits
+    cache = ChelaCache()
+    model(tokens[:, :5], past_key_values=cache)
+    logits = [model(tokens[:, place : place + 1], past_key_values=cache).logits for place in range(5, 20)]
+    kept = copy.deepcopy(cache)
+    logits += [model(tokens[:, place : place + 1], past_key_values=cache).logits for place in range(20, 30)]
+    assert relative_error(torch.cat(logits, 1), full[:, 5:]) < 1e-5
+    assert (kept.get_seq_length(), cache.get_seq_length()) == (20, 30)
+    assert kept._decoder is None
+    for place in range(20, 30):
+        again = model(tokens[:, place : place + 1], past_key_values=kept, impl="reference").logits
+        assert relative_error(again, full[:, place : place + 1]) < 1e-5
+    twice = copy.deepcopy(kept)
+    twice.batch_repeat_interleave(2)
+    assert twice.batch_size == 4
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_generate_on_a_gpu_replays_recorded_steps():
+    model, prompts = make_lm(merged=True).cuda(), make_prompts(40, 1, 17)
+    batch = {name: value.cuda() for name, value in left_padded(prompts).items()}
+    out = model.generate(**batch, max_new_tokens=100, do_sample=False, return_dict_in_generate=True)
+    assert out.past_key_values._decoder._graph is not None
+    own = torch.stack([*generate(model.chela, prompts, 100, temperature=0)], 1)
+    assert torch.equal(out.sequences[:, 40:].cpu(), own)
+    asked = {"max_new_tokens": 40, "num_beams": 4, "do_sample": False}
+    beams = model.generate(**batch, **asked)
+    model.hf_device_map = {"here": 0, "there": 1}  # as if on several GPUs: nothing is recorded
+    assert torch.equal(model.generate(**batch, **asked), beams)
+
+
 def test_a_forward_with_a_cache_is_the_full_forward():
     model, tokens = make_lm(), torch.randint(20, (2, 40))
     with torch.no_grad():

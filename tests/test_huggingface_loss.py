@@ -38,7 +38,8 @@ def gradients(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("case", ["plain", "left-padded", "counted", "counted by a tensor", "packed", "transformer"])
 def test_loss_and_gradients_in_training_are_those_of_the_loss_from_logits(case):
-    model = make(**({"mixer": "transformer", "heads": 2, "d_ff": 8} if case == "transformer" else {}))
+    changes: dict[str, Any] = {"mixer": "transformer", "heads": 2, "d_ff": 8} if case == "transformer" else {}
+    model = make(**changes)
     tokens = torch.randint(20, (1, 24) if case == "packed" else (3, 15))
     words: dict[str, Any] = {"labels": some_labels(tokens)}
     if case == "left-padded":

@@ -22,23 +22,25 @@ class Decoder:
         model: in evaluation mode; merged, if a step is to be recorded.
         state: of `CausalLM.prefill`, taken over; give a `clone` to keep it.
         impl: implementation of the ops.
+        record: False launches each step kernel by kernel on a GPU, too: for a model spread over several.
 
     Raises:
         ValueError: the state is of another model.
     """
 
-    def __init__(self, model: CausalLM, state: ChelaState, *, impl: Impl = "auto") -> None:
-        self._model, self._impl = model, impl
+    def __init__(self, model: CausalLM, state: ChelaState, *, impl: Impl = "auto", record: bool = True) -> None:
+        self.impl: Impl = impl
+        self._model = model
         self._state = model.online(state) if model.config.merged else state
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._recorded = model.config.mixer == "chela" and model.config.merged
+        self._recorded = record and model.config.mixer == "chela" and model.config.merged
         self._token, self._logits = torch.zeros(0), torch.zeros(0)  # what a recorded step reads and writes
 
     @torch.no_grad()
     def step(self, token: Int[Tensor, " b"]) -> Float[Tensor, "b vocab"]:
         """Read one token a row, int64 [B]; logits [B, vocab] of the next, which the next step may overwrite."""
         if not (self._recorded and token.is_cuda):
-            logits, self._state = self._model.step(token, self._state, impl=self._impl)
+            logits, self._state = self._model.step(token, self._state, impl=self.impl)
             return logits
         if self._graph is None:
             self._record(token)
@@ -47,6 +49,21 @@ class Decoder:
         self._graph.replay()
         self._advance()
         return self._logits
+
+    @property
+    def state(self) -> ChelaState:
+        """What all tokens so far have led to; the next step may change it in place."""
+        return self._state
+
+    @torch.no_grad()
+    def select(self, rows: Int[Tensor, " n"]) -> None:
+        """Take rows of the batch, int64 [N], repeats allowed: what beam search asks for. N = B keeps the recording."""
+        selected = self._state.select(rows)
+        if self._graph is None or selected.batch_size != self._state.batch_size:
+            self._state, self._graph = selected, None
+            return
+        for place, value in zip(self._state.tensors(), selected.tensors(), strict=True):
+            place.copy_(value)
 
     def _record(self, token: Tensor) -> None:
         """Compile on a copy of the state, then record without running."""
@@ -65,7 +82,7 @@ class Decoder:
         held = [long for long in _online(state) if not long.held]
         for long in held:
             long.held = True
-        logits, after = self._model.step(self._token, state, impl=self._impl)
+        logits, after = self._model.step(self._token, state, impl=self.impl)
         for long in held:
             long.held = False
         for place, value in zip(state.tensors(), after.tensors(), strict=True):

@@ -148,15 +148,17 @@ class ChelaForCausalLM(RunModel, GenerationMixin):
             if not bool(mask.all()):
                 raise ValueError("padding cannot stand between a cache and its tokens: pad a batch on its first call")
             mask = None
-        if mask is not None:
-            logits, after = self.chela.prefill(tokens, mask, impl=impl)
+        if state is not None and tokens.shape[1] == 1 and not torch.is_grad_enabled():
+            one_place = len(set(getattr(self, "hf_device_map", {}).values())) < 2
+            logits = cache.decoder(self.chela, impl, record=one_place).step(tokens.squeeze(1))
+            logits = logits.unsqueeze(1).clone()  # the next step may write where these lie
+        elif mask is not None:
+            logits, cache.state = self.chela.prefill(tokens, mask, impl=impl)
             logits = logits[:, -keep:]
         else:
-            if state is not None and tokens.shape[1] == 1 and self.config.merged and not torch.is_grad_enabled():
-                state = self.chela.online(state)
-            x, after = self.chela.backbone(tokens, state=state, return_state=True, impl=impl)
+            x, cache.state = self.chela.backbone(tokens, state=state, return_state=True, impl=impl)
             logits = self.chela.head(x[:, -keep:])
-        cache.state, cache.seen = after, cache.seen + tokens.shape[1]
+        cache.seen += tokens.shape[1]
         return logits
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:  # pyrefly: ignore
