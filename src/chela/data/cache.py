@@ -132,7 +132,10 @@ def _fill(
     block = max(1, BLOCK_BYTES // row_bytes)
     path.touch()
     _write(path, 0, header)
-    first = (path.stat().st_size - len(header)) // (row_bytes * block) * block  # whole blocks of an earlier call stay
+    # Blocks of an earlier call stay, but for the last whole one: a power cut may have left it its size without its
+    # bytes, while those before it were flushed before it was begun.
+    whole = (path.stat().st_size - len(header)) // (row_bytes * block)
+    first = max(0, whole - 1) * block
     told = time.monotonic()
     for start in range(first, rows, block):
         stop = min(start + block, rows)
