@@ -204,7 +204,13 @@ def test_bad_tables_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "part"), [('{"text": "a", "label": 2}', "label 2"), ('{"text": "a"}', "line 1"), ("", "no reviews")]
+    ("line", "part"),
+    [
+        ('{"text": "a", "label": 2}', "label 2"),
+        ('{"text": "a"}', "line 1"),
+        ("", "no reviews"),
+        ('{"text": "a", "label": 1}', "holds 1 reviews: 10 at least"),
+    ],
 )
 def test_bad_reviews_are_named(line, part, tmp_path):
     for name in ("train", "test"):

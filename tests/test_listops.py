@@ -202,7 +202,21 @@ def test_files_without_the_header_are_refused(tmp_path):
         load_task(DataConfig(task="listops", root=tmp_path))
 
 
-@pytest.mark.parametrize("changes", [{"examples": 10}, {"min_length": 128}])
-def test_limits_without_room_are_refused(changes, tmp_path):
-    with pytest.raises(ValueError, match=r"data\.min_length"):
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    published(tmp_path, [("1", 1)])
+    (tmp_path / "basic_val.tsv").write_bytes(b"Source\tTarget\n\xff\t1\n")
+    with pytest.raises(ValueError, match=r"basic_val\.tsv is damaged"):
+        load_task(DataConfig(task="listops", root=tmp_path))
+
+
+def test_a_part_of_the_published_files_is_never_taken_for_none(tmp_path):
+    published(tmp_path / "listops", [("1", 1)])
+    (tmp_path / "listops" / "basic_val.tsv").unlink()
+    with pytest.raises(ValueError, match=r"listops/basic_val\.tsv is missing: put all of basic_train\.tsv, "):
+        load_task(DataConfig(task="listops", root=tmp_path))
+
+
+@pytest.mark.parametrize(("changes", "part"), [({"examples": 9}, "examples is 9"), ({"min_length": 128}, "lengths")])
+def test_limits_without_room_are_refused(changes, part, tmp_path):
+    with pytest.raises(ValueError, match=part):
         load_task(replace(TINY, root=tmp_path, **changes))

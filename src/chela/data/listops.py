@@ -9,6 +9,7 @@ import numpy as np
 
 from chela.config import DataConfig
 from chela.data.cache import Arrays, prepared
+from chela.data.find import lines, stamp
 from chela.data.listops_trees import IDS, SYMBOLS, evaluate, generate
 from chela.data.ragged import RaggedSplit
 from chela.data.task import Task, differs, entropy, majority
@@ -23,21 +24,16 @@ def load(config: DataConfig, progress: Callable[[str], None] | None) -> Task:
     """Read the published files from `root/listops` (or `root`), or generate the trees and keep them in the cache.
 
     Raises:
-        ValueError: a malformed file (names the line), or limits that leave too few trees.
+        ValueError: a malformed file (names the line), some of the files without the others, or limits that leave too
+            few trees.
     """
     root = config.root.expanduser()
-    found = next((f for f in (root / "listops", root) if all((f / name).is_file() for name in PUBLISHED)), None)
+    found = _published(root)
     generated_asked = config.min_length or config.max_length or config.examples
     if found and not generated_asked:
-        key = {name: [(found / name).stat().st_size, (found / name).stat().st_mtime_ns] for name in PUBLISHED}
         parts = [
-            prepared(
-                root,
-                f"listops-{name[:-4]}",
-                {"file": str(found / name), **key},
-                lambda name=name: _read(found / name, progress),
-            )
-            for name in PUBLISHED
+            prepared(root, f"listops-{path.stem}", {"file": stamp(path)}, lambda path=path: _read(path, progress))
+            for path in (found / name for name in PUBLISHED)
         ]
         note = f"published files in {found.name}"
         for part, (what, count) in zip(parts, SIZES.items(), strict=True):
@@ -68,6 +64,20 @@ def load(config: DataConfig, progress: Callable[[str], None] | None) -> Task:
     )
 
 
+def _published(root: Path) -> Path | None:
+    """The folder of the published files; None where there is none of them."""
+    for folder in (root / "listops", root):
+        missing = [name for name in PUBLISHED if not (folder / name).is_file()]
+        if not missing:
+            return folder
+        if len(missing) < len(PUBLISHED):
+            raise ValueError(
+                f"{folder / missing[0]} is missing: put all of {', '.join(PUBLISHED)} there, or move them away and the "
+                "trees are generated"
+            )
+    return None
+
+
 def root_operator(train: RaggedSplit, test: RaggedSplit) -> float:
     """Test accuracy of the best answer to the root operator alone, as counted on the training trees."""
 
@@ -87,11 +97,13 @@ def as_text(tokens: np.ndarray) -> str:
 def _generated(config: DataConfig, progress: Callable[[str], None] | None) -> list[Arrays]:
     shorter, longer = config.min_length or SHORTER, (config.max_length + 1) if config.max_length else LONGER
     count = config.examples or EXAMPLES
-    if longer - shorter < 2 or count < 100:
+    if longer - shorter < 2:
         raise ValueError(
-            f"data.min_length {shorter} and data.max_length {longer - 1} leave no lengths, or data.examples {count} "
-            "is below 100: trees have more than min_length and at most max_length tokens"
+            f"data.min_length {shorter} and data.max_length {longer - 1} leave no lengths: trees have more than "
+            "min_length and at most max_length tokens"
         )
+    if count < 100:
+        raise ValueError(f"data.examples is {count}: the three splits take 100 trees at least")
 
     def make() -> Arrays:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -121,25 +133,23 @@ def _rows(arrays: Arrays, start: int, stop: int) -> Arrays:
 def _read(path: Path, progress: Callable[[str], None] | None) -> Arrays:
     """Read a published file: a header, then `Source<tab>Target`; parentheses are dropped, values computed again."""
     trees, labels = [], []
-    with path.open(encoding="utf-8") as file:
-        if file.readline().rstrip("\n").split("\t") != ["Source", "Target"]:
-            raise ValueError(f"{path} does not begin with the header 'Source<tab>Target'")
-        for number, line in enumerate(file, 2):
-            source, tab, target = line.rstrip("\n").partition("\t")
-            symbols = [symbol for symbol in source.split() if symbol not in ("(", ")")]
-            try:
-                value = evaluate(symbols)
-                tree = bytes(IDS[symbol] for symbol in symbols)
-            except (ValueError, KeyError) as error:
-                raise ValueError(f"{path} line {number}: {error}") from None
-            if not tab or target.strip() != str(value):
-                raise ValueError(
-                    f"{path} line {number}: the target is {target!r}, but the expression's value is {value}"
-                )
-            trees.append(tree)
-            labels.append(value)
-            if progress and len(trees) % 10_000 == 0:
-                progress(f"listops: {len(trees):,} trees of {path.name} read and computed again")
+    rows = lines(path)
+    if next(rows, (1, ""))[1].split("\t") != ["Source", "Target"]:
+        raise ValueError(f"{path} does not begin with the header 'Source<tab>Target'")
+    for number, line in rows:
+        source, tab, target = line.partition("\t")
+        symbols = [symbol for symbol in source.split() if symbol not in ("(", ")")]
+        try:
+            value = evaluate(symbols)
+            tree = bytes(IDS[symbol] for symbol in symbols)
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{path} line {number}: {error}") from None
+        if not tab or target.strip() != str(value):
+            raise ValueError(f"{path} line {number}: the target is {target!r}, but the expression's value is {value}")
+        trees.append(tree)
+        labels.append(value)
+        if progress and len(trees) % 10_000 == 0:
+            progress(f"listops: {len(trees):,} trees of {path.name} read and computed again")
     if not trees:
         raise ValueError(f"{path} holds no expressions")
     return _pack(trees, labels)

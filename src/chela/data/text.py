@@ -53,6 +53,8 @@ def load(config: DataConfig, progress: Callable[[str], None] | None) -> Task:
         encoded = prepared(config.root, "text-characters", key, lambda: _as_characters(parts))
         encoding = TextEncoding(encoded["vocabulary"])
         parts = {name: {k: encoded[f"{name}_{k}"] for k in ("tokens", "ends")} for name in parts}
+    if len(labels) < 10:
+        raise ValueError(f"{sources['train']} holds {len(labels)} reviews: 10 at least, a tenth is for validation")
     limit = config.max_length or MAX_LENGTH[config.encoding]
     order = np.random.default_rng([config.seed, len(labels)]).permutation(len(labels))
     cut = len(labels) - len(labels) // 10
