@@ -4,6 +4,7 @@ A field's docstring is its help on the command line. `dataclasses.replace` is th
 each replacement is checked again. Sizes are plain counts: tokens, channels, examples, steps.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -172,9 +173,12 @@ class OptimConfig:
     """What follows the warm-up, down to zero at the last step (or constant)."""
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, f"optim.lr must be positive, got {self.lr}")
+        for name in ("lr", "eps"):
+            value = getattr(self, name)
+            _require(0 < value < math.inf, f"optim.{name} must be positive and finite, got {value}")
         for name in ("kernel_lr", "weight_decay", "clip", "warmup"):
-            _require(getattr(self, name) >= 0, f"optim.{name} must not be negative, got {getattr(self, name)}")
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, f"optim.{name} must be finite and not negative, got {value}")
         _require(all(0 <= b < 1 for b in self.betas), f"optim.betas must lie in [0, 1), got {self.betas}")
 
 
@@ -271,7 +275,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        _require(0 <= self.seed < 1 << 63, f"seed must lie between 0 and 2^63 - 1, got {self.seed}")
         _require(
             not (self.data.packed and self.train.length_warmup),
             "train.length_warmup cuts windows, and data.packed has none: take one of them",

@@ -1,8 +1,9 @@
 """The commands: arguments and their help, no logic of their own. Whatever is heavy is imported inside them."""
 
+import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -170,7 +171,7 @@ def data(
     from chela.evaluation.datasets import describe_task
 
     if not task:
-        print("\n".join(f"{name:<14} {line}" for name, line in TASKS.items()))
+        print("\n".join(f"{name:<{max(map(len, TASKS))}}  {line}" for name, line in TASKS.items()))
         return
     try:
         asked = DataConfig(
@@ -188,7 +189,7 @@ def data(
         )
         print(contact_sheet(asked, progress=print) if show else describe_task(asked, progress=print))
     except ValueError as error:  # data know their settings by the names that `train` has for them
-        raise ValueError(str(error).replace("--data.", "--")) from None
+        raise ValueError(_without_part(str(error))) from None
 
 
 def bench(
@@ -258,6 +259,12 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
+def _without_part(message: str) -> str:
+    """A message on settings of the data, `--data.max-length` or `data.max_length`, with the names `chela data` has."""
+    names = "|".join(re.escape(spelt) for f in fields(DataConfig) for spelt in {f.name, f.name.replace("_", "-")})
+    return re.sub(rf"(?:--)?\bdata\.({names})\b", lambda found: f"--{found[1].replace('_', '-')}", message)
+
+
 def resolve(words: list[str]) -> tuple[Callable[..., None], list[str], str]:
     """The command that a command line names, the words left for it, and its name in messages.
 
@@ -276,7 +283,8 @@ def resolve(words: list[str]) -> tuple[Callable[..., None], list[str], str]:
 
 def presets_help() -> str:
     """What `chela train --help` prints: a line for each preset, from its docstring."""
-    lines = [f"  {name:<14} {(make.__doc__ or '').splitlines()[0]}" for name, make in PRESETS.items()]
+    width = max(map(len, PRESETS))
+    lines = [f"  {name:<{width}}  {(make.__doc__ or '').splitlines()[0]}" for name, make in PRESETS.items()]
     return "\n".join(
         [
             "usage: chela train PRESET [--seed N] [--out DIR] [--model.NAME VALUE] [--data.NAME VALUE] ...",

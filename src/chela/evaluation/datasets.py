@@ -35,7 +35,7 @@ def inventory(root: Path) -> list[tuple[str, str]]:
     """Rows (name, finding) on a data folder; nothing is read or generated."""
     folder = root.expanduser()
     if not folder.is_dir():
-        return [("root", f"{root} does not exist yet")]
+        return [("root", f"{root} is a file, not a folder" if folder.exists() else f"{root} does not exist yet")]
     rows = [("root", str(root))]
     for place in (folder, folder / "prepared"):
         names = sorted(p.name + "/" * p.is_dir() for p in place.iterdir()) if place.is_dir() else []
