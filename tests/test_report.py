@@ -1,3 +1,4 @@
+import io
 import json
 import re
 import statistics
@@ -6,10 +7,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from chela.config import RunConfig
 from chela.evaluation import curves, page, write_report
 from chela.evaluation.page import Cell
+from chela.evaluation.results import show
+from chela.evaluation.runs import read_run
 from chela.presets import preset
 from chela.record import save_toml
 
@@ -222,3 +226,12 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(three, tmp_path, monke
     assert (tmp_path / "page.html").read_text(encoding="utf-8") == old
     with pytest.raises(ValueError, match="name at least one run"):
         write_report([], tmp_path / "page.html")
+
+
+def test_a_table_in_a_pipe_has_room_for_long_names(tmp_path):
+    config = preset("digits")
+    changed = replace(config, model=replace(config.model, kernel="multiscale"), optim=replace(config.optim, lr=1e-4))
+    runs = [write_run(tmp_path / name, run, 0.9) for name, run in (("a", config), ("b", changed))]
+    box = io.StringIO()
+    show([read_run(run) for run in runs], Console(file=box, width=80))
+    assert "digits, model.kernel multiscale, optim.lr 0.0001, seed 0" in box.getvalue()

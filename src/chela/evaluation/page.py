@@ -41,6 +41,7 @@ thead th { color: var(--soft); font-weight: 500; white-space: nowrap; }
 th.number, td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 tr.group td { font-weight: 600; } tr.part td:first-child { padding-left: 2.2rem; }
 tr.group td.soft { font-weight: 400; }
+tr.fact td:first-child { width: 11rem; } tr.more td { border-top: 0; padding-top: 0; }
 td.fixed { white-space: nowrap; } td:first-child { min-width: 9rem; } .scroll + p { margin-top: .9rem; }
 td.bad { color: var(--bad); } td.good { color: var(--good); }
 code, pre { font: .85rem/1.6 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
@@ -62,7 +63,10 @@ class Cell:
 
 
 def table(head: Sequence[Cell], rows: Sequence[tuple[str, Sequence[Cell]]]) -> str:
-    """A table that scrolls sideways on a narrow screen; each row has a look: group, part or nothing. No empty heads."""
+    """A table that scrolls sideways on a narrow screen; each row has a look: group, part, fact, more or nothing.
+
+    A row without a rule above it is more of the one before; heads that are all empty are left out.
+    """
     top = "".join(f"<th{_class(cell.look)}>{escape(cell.text)}</th>" for cell in head)
     top = f"<thead><tr>{top}</tr></thead>\n" if any(cell.text for cell in head) else ""
     body = "".join(f"<tr{_class(look)}>{''.join(map(_cell, cells))}</tr>\n" for look, cells in rows)

@@ -157,8 +157,9 @@ def _departures(groups: Sequence[Group]) -> str:
         start = first.setdefault(g.config.data.task, g)
         lines = [line for line in differences(start.config, g.config) if key_of(line) not in INCIDENTAL]
         for number, line in enumerate(lines):
-            rows.append(("", [Cell("" if number else g.name), Cell("" if number else start.name, "soft"), Cell(line)]))
-    return page.table([Cell("Configuration"), Cell("against"), Cell("")], rows) if rows else ""
+            cells = [Cell("" if number else g.name), Cell("" if number else start.name, "soft"), Cell(line)]
+            rows.append(("more" if number else "", cells))
+    return page.table([Cell("Configuration"), Cell("Against"), Cell("Setting")], rows) if rows else ""
 
 
 def _environment(runs: Sequence[Run]) -> str:
@@ -170,7 +171,8 @@ def _environment(runs: Sequence[Run]) -> str:
             met.setdefault(str(run.last("start").get(key, "unknown")), []).append(run.folder.name)
         for number, (value, names) in enumerate(met.items()):
             whose = ", ".join(names) if len(met) > 1 else ""
-            rows.append(("", [Cell("" if number else key, "soft"), Cell(value, "fixed"), Cell(whose, "soft")]))
+            cells = [Cell("" if number else key, "soft"), Cell(value, "fixed"), Cell(whose, "soft")]
+            rows.append(("fact more" if number else "fact", cells))
     return page.table([], rows)
 
 

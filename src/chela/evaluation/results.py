@@ -15,6 +15,8 @@ from chela.evaluation.runs import Group, Run, group
 
 NARROW = ("Configuration", "Runs", "Best validation", "Steps", "Minutes")
 """Columns that stand beside the test's result in a terminal too."""
+WIDE = 120
+"""Columns of text where the output goes into a file or a pipe."""
 
 
 def metric(result: dict[str, Any]) -> tuple[str, str]:
@@ -44,6 +46,9 @@ def results(groups: Sequence[tuple[str, Group]]) -> str:
 
 def show(runs: Sequence[Run], console: Console | None = None) -> None:
     """Print the same table for every task of some runs."""
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = max(console.width, WIDE)
     together: dict[str, list[tuple[str, Group]]] = {}
     for g in group(runs):
         together.setdefault(g.config.data.task, []).append(("", g))
@@ -59,8 +64,7 @@ def show(runs: Sequence[Run], console: Console | None = None) -> None:
             )
         for look, cells in rows:
             printed.add_row(*(Text("  " * (look == "part" and not place) + cells[place].text) for place in places))
-        console = console or Console()
-        console.print(printed, "", width=None if console.is_terminal else 120, crop=False)
+        console.print(printed, "", crop=False)
 
 
 def _table(groups: Sequence[tuple[str, Group]]) -> tuple[list[Cell], list[tuple[str, list[Cell]]]]:
