@@ -191,6 +191,22 @@ def test_a_layer_too_wide_for_a_fused_op_takes_kernels_for_the_others():
         torch.testing.assert_close(block(x, impl="triton")[0], block(x)[0], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("length", [100, 2**18])
+@pytest.mark.parametrize("way", ["to_empty", "assign"])
+def test_a_multiscale_kernel_made_without_memory_gets_its_tables_with_its_weights(length, way, nan_memory):
+    kernel = MultiscaleKernel(3, length)
+    with torch.device("meta"):
+        bare = MultiscaleKernel(3, length)
+    assert all(tensor.is_meta for tensor in (*bare.parameters(), *bare.buffers()))
+    if way == "to_empty":
+        bare.to_empty(device="cpu")
+    bare.load_state_dict(kernel.state_dict(), assign=way == "assign")
+    assert torch.equal(bare(), kernel())
+    bare.double().load_state_dict(kernel.state_dict())
+    assert bare().dtype == torch.float64
+    torch.testing.assert_close(bare(), kernel().double(), rtol=1e-6, atol=1e-8)
+
+
 def test_a_very_long_multiscale_kernel_makes_no_matrix():
     kernel = MultiscaleKernel(1, 2**20)
     assert kernel.holds is None

@@ -62,22 +62,38 @@ class MultiscaleKernel(nn.Module):
     channel, so that at the start every octave within a channel's reach carries equal energy.
     """
 
+    amplitude: Tensor
+    """Of each octave [D, octaves]."""
+    holds: Tensor | None
+    """1 where a parameter is a lag's own, [octaves m, L]; None where it would be too large."""
+
     def __init__(self, d_model: int, length: int, taps_per_octave: int = 16) -> None:
         super().__init__()
         octaves = 1 + max(0, math.ceil(math.log2(length / taps_per_octave)))
         self.length = length
         self.taps = nn.Parameter(torch.randn(d_model, octaves, taps_per_octave))
         self.held = [1, *(2 ** (j - 1) for j in range(1, octaves))]  # lags each parameter of an octave is held for
-        starts = torch.tensor([0, *(taps_per_octave * w for w in self.held[1:])])
-        held = torch.tensor(self.held)
-        amplitude = torch.exp(-starts / time_scales(d_model, length).unsqueeze(1)) * held**-0.5
-        energy = (amplitude.square() * held * taps_per_octave).sum(1, keepdim=True)
-        self.register_buffer("amplitude", amplitude * energy.rsqrt(), persistent=False)  # [D, octaves]
-        count, holds = octaves * taps_per_octave, None
-        if count * length <= LARGEST:
-            owner = torch.arange(count).repeat_interleave(held.repeat_interleave(taps_per_octave))[:length]
-            holds = (owner == torch.arange(count).unsqueeze(1)).float()  # [octaves m, L]
-        self.register_buffer("holds", holds, persistent=False)
+        for name, table in self._tables().items():
+            self.register_buffer(name, None if table is None else table.to(self.taps.device), persistent=False)
+        self.register_load_state_dict_post_hook(_fill_tables)
+
+    def _tables(self) -> dict[str, Tensor | None]:
+        """`amplitude` and `holds`, from settings alone.
+
+        On the CPU wherever the kernel is, also where its own memory is none or not yet written (`torch.device("meta")`,
+        `to_empty`): the same numbers everywhere.
+        """
+        d_model, octaves, taps_per_octave = self.taps.shape
+        with torch.device("cpu"):
+            starts = torch.tensor([0, *(taps_per_octave * w for w in self.held[1:])])
+            held = torch.tensor(self.held)
+            amplitude = torch.exp(-starts / time_scales(d_model, self.length).unsqueeze(1)) * held**-0.5
+            energy = (amplitude.square() * held * taps_per_octave).sum(1, keepdim=True)
+            count, holds = octaves * taps_per_octave, None
+            if count * self.length <= LARGEST:
+                owner = torch.arange(count).repeat_interleave(held.repeat_interleave(taps_per_octave))[: self.length]
+                holds = (owner == torch.arange(count).unsqueeze(1)).float()
+        return {"amplitude": amplitude * energy.rsqrt(), "holds": holds}
 
     def forward(self) -> Float[Tensor, "d l"]:
         """The kernel, `[D, L]`."""
@@ -177,6 +193,18 @@ class FoldedKernel(nn.Module):
     def forward(self) -> Taps:
         """The folded taps."""
         return Taps(self.past, self.future, self.bias)
+
+
+def _fill_tables(kernel: nn.Module, _: object) -> None:
+    """Behind `load_state_dict`: weights come from a file, tables do not."""
+    assert isinstance(kernel, MultiscaleKernel)
+    for name, table in kernel._tables().items():
+        if table is not None:
+            place = getattr(kernel, name)
+            if place.is_meta:
+                setattr(kernel, name, table.to(kernel.taps.device, place.dtype))
+            else:
+                place.copy_(table)
 
 
 def _add(long: Float[Tensor, "d l"], short: Float[Tensor, "d w"]) -> Float[Tensor, "d l"]:
