@@ -113,7 +113,7 @@ def test_widths_that_fill_no_tile(key, value, decay, dtype, nan_memory):
 
 
 @pytest.mark.parametrize("decay", [False, True])
-@pytest.mark.parametrize(("key", "value"), [(200, 48), (256, 16), (16, 272)])
+@pytest.mark.parametrize(("key", "value"), [(200, 48), (256, 16), (16, 272), (100, 260)])
 def test_the_widest(key, value, decay, nan_memory):
     """Keys up to 256, values without limit."""
     check(inputs_of(1, 70, 1, key, value, decay=decay, state=True, dtype=torch.float16))
@@ -128,6 +128,33 @@ def test_rows_split_over_the_multiprocessors(number, decay, dtype, processors, n
     assert all(p.splits > 1 for p in plan.plans(1, 333, 24, 40, dtype, torch.device(DEVICE), decays=decay))
     for length, state in ((333, True), (65, False), (1, True)):
         check(inputs_of(1, length, 1, 24, 40, decay=decay, state=state, dtype=dtype), scale=0.7)
+
+
+@pytest.mark.parametrize(
+    ("number", "length", "value", "forward_splits"),
+    [(1, 2118, 16, 1), (2, 2118, 64, 1), (2, 4400, 16, 4)],
+    ids=["one split", "split backwards alone", "splits that begin within a period"],
+)
+def test_states_saved_within_a_split(number, length, value, forward_splits, processors, nan_memory):
+    """One walk back, for which the forward pass saves more states than it has splits or where none begins."""
+    processors(number)
+    forward, back = plan.plans(1, length, 16, value, torch.float16, torch.device(DEVICE))
+    assert back.one_walk
+    assert forward.splits == forward_splits
+    assert back.slots(length) > min(forward_splits, back.splits)
+    check(inputs_of(1, length, 1, 16, value, state=True, dtype=torch.float16))
+
+
+def test_states_saved_within_packed_documents(processors, nan_memory):
+    processors(1)
+    pairs = [*itertools.pairwise(bounds := (0, 1100, 1101, 2500))]
+
+    def apart(q, k, v):
+        outs, states = zip(*(plain(q[:, a:b], k[:, a:b], v[:, a:b]) for a, b in pairs), strict=True)
+        return torch.cat(outs, dim=1), torch.cat(states)
+
+    op = functools.partial(attend, cu_seqlens=ends(*bounds))
+    check_op(op, apart, inputs_of(1, 2500, 1, 16, 24, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("number", [1, 8])
@@ -434,7 +461,7 @@ def test_auto_on_a_gpu_is_triton():
 
 
 # One length after the other at one width: a width is compiled once and serves them all.
-WIDTHS = [(16, 512), (24, 96), (64, 64), (64, 256), (80, 16), (96, 256), (256, 64), (256, 512)]
+WIDTHS = [(16, 512), (24, 96), (64, 64), (64, 256), (80, 16), (96, 256), (128, 128), (128, 512), (256, 64), (256, 512)]
 
 
 @pytest.mark.gpu

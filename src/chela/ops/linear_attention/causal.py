@@ -131,7 +131,8 @@ def _backward(
     groups = plan.programs(value)
     programs = rows * heads * plan.splits * groups
     # Each group of columns of V gives a part of dq and dk; a single one gives them whole.
-    parts = [x if groups == 1 else x.new_empty(groups, *x.shape, dtype=torch.float32) for x in (dq, dk)]
+    narrow = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
+    parts = [x if groups == 1 else x.new_empty(groups, *x.shape, dtype=narrow) for x in (dq, dk)]
     d_logs = q.new_zeros(programs if decay is not None else 0, dtype=torch.float32)
     (q, k, v, grad), strides, align = dense(q, k, v, grad)
     cut = (length, heads, plan.splits, plan.unit)
@@ -154,10 +155,11 @@ def _backward(
     )
     kernels_backward.query_gradients[(programs,)](
         q, k, v, grad, parts[0], state, ends, saved, d_logs, log2_decay, cu_seqlens,
-        scale, *cut, *saving, tokens, *strides, **options,
+        scale, *cut, *saving, tokens, *strides, **options | {"C": plan.query_chunk, "num_stages": plan.query_stages},
     )  # fmt: skip
     if groups > 1:
-        dq, dk = (part.sum(0).to(q.dtype) for part in parts)
+        entries, block = dq.numel(), 1024
+        kernels_backward.sum_groups[(-(-entries // block),)](*parts, dq, dk, entries, GROUPS=groups, BLOCK=block)
     if decay is not None:
         d_decay = (d_logs.view(rows, heads, -1).sum((0, 2)) / decay).to(decay.dtype)
     return dq, dk, dv, d_decay, d_state

@@ -15,7 +15,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-SIZES = ["length", "heads", "splits", "unit", "period", "slots", "tokens_in_all"]
+SIZES = ["length", "heads", "splits", "unit", "period", "slots", "tokens_in_all", "entries"]
 STRIDES = [f"{tensor}_{axis}" for tensor in "qkvg" for axis in "bth"]
 
 
@@ -132,30 +132,35 @@ def causal_forward(
         log2_g = tl.load(log2_decay + h)
         weight = power(log2_g, lag)  # [C, C]
         from_start = power(log2_g, place + 1)[:, None]  # [C, 1]
-    period_now = begin // period
-    for t in range(begin, end, C):
-        q_c = load_tile(q_row, t, end, q_t * ALIGN, 0, K, BK, C)  # [C, BK]
-        k_c = load_tile(k_row, t, end, k_t * ALIGN, 0, K, BK, C)  # [C, BK]
-        v_c = load_tile(v_row, t, end, v_t * ALIGN, column, V, BV, C)  # [C, BV]
-        scores = tl.dot(q_c, tl.trans(k_c), input_precision="tf32x3")  # [C, C]
-        if DECAYS:
-            scores *= weight
-        scores = tl.where(lag >= 0, scores, 0.0).to(v_c.dtype)
-        acc = tl.dot(q_c, state.to(q_c.dtype), input_precision="tf32x3")  # [C, BV]
-        if DECAYS:
-            acc *= from_start
-            tokens = tl.minimum(end - t, C)
-            k_c = (k_c * power(log2_g, tokens - 1 - place)[:, None]).to(v_c.dtype)
-            state *= power(log2_g, tokens)
-        acc = tl.dot(scores, v_c, acc, input_precision="tf32x3")
-        state = tl.dot(tl.trans(k_c), v_c, state, input_precision="tf32x3")  # [BK, BV]
-        store_tile(out_row, acc * scale, t, end, heads * V, column, V, BV, C)
+    # Period by period: to ask in every chunk whether a state is to be saved would stall each behind the one before.
+    first_period, periods = 0, 1
+    if SAVES:
+        first_period, periods = begin // period, tl.cdiv(end, period)
+    for period_now in range(first_period, periods):
+        here, stop = begin, end
+        if SAVES:
+            here, stop = tl.maximum(begin, period_now * period), tl.minimum(end, (period_now + 1) * period)
+        for t in range(here, stop, C):
+            q_c = load_tile(q_row, t, end, q_t * ALIGN, 0, K, BK, C)  # [C, BK]
+            k_c = load_tile(k_row, t, end, k_t * ALIGN, 0, K, BK, C)  # [C, BK]
+            v_c = load_tile(v_row, t, end, v_t * ALIGN, column, V, BV, C)  # [C, BV]
+            scores = tl.dot(q_c, tl.trans(k_c), input_precision="tf32x3")  # [C, C]
+            if DECAYS:
+                scores *= weight
+            scores = tl.where(lag >= 0, scores, 0.0).to(v_c.dtype)
+            acc = tl.dot(q_c, state.to(q_c.dtype), input_precision="tf32x3")  # [C, BV]
+            if DECAYS:
+                acc *= from_start
+                tokens = tl.minimum(end - t, C)
+                k_c = (k_c * power(log2_g, tokens - 1 - place)[:, None]).to(v_c.dtype)
+                state *= power(log2_g, tokens)
+            acc = tl.dot(scores, v_c, acc, input_precision="tf32x3")
+            state = tl.dot(tl.trans(k_c), v_c, state, input_precision="tf32x3")  # [BK, BV]
+            store_tile(out_row, acc * scale, t, end, heads * V, column, V, BV, C)
         if SAVES:  # behind each period, the last of which may be shorter
-            full = t + C == (period_now + 1) * period
-            if full | (t + C >= size):
+            if (stop == (period_now + 1) * period) | (stop == size):
                 saved_row = saved + ((slot + period_now) * heads + h) * (K * V)
                 tl.store(saved_row + offsets, state, mask=inside)
-            period_now += full.to(tl.int32)
     if ENDS:
         if end == size:
             tl.store(final + row.to(tl.int64) * (K * V) + offsets, state, mask=inside)

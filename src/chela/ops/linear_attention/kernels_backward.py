@@ -223,3 +223,18 @@ def query_gradients(
             for j in tl.static_range(BLOCKS):
                 total += tl.sum(tl.sum(grads[j] * slopes[j], axis=1), axis=0)
         tl.store(d_log_decay + tl.program_id(0), total * scale)
+
+
+@jit()
+def sum_groups(dq_parts, dk_parts, dq, dk, entries, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
+    """Add up the parts [GROUPS, entries] of dq and of dk that the groups of columns gave."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < entries
+    d_q = tl.zeros([BLOCK], tl.float32)
+    d_k = tl.zeros([BLOCK], tl.float32)
+    for group in tl.static_range(GROUPS):
+        here = place + tl.cast(entries, tl.int64) * group
+        d_q += tl.load(dq_parts + here, mask=inside, other=0.0).to(tl.float32)
+        d_k += tl.load(dk_parts + here, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dq + place, d_q.to(dq.dtype.element_ty), mask=inside)
+    tl.store(dk + place, d_k.to(dk.dtype.element_ty), mask=inside)

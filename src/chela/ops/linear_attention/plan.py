@@ -42,6 +42,9 @@ class BackwardPlan(Plan):
 
     one_walk: bool
     """All gradients in one walk, without a decay."""
+    query_chunk: int
+    query_stages: int
+    """Of the walk that gives dq, where it is one of its own."""
 
     @property
     def period(self) -> int:
@@ -122,7 +125,8 @@ def _backward_plan(
 ) -> BackwardPlan:
     key_tile, wide = tile(key, MAX_KEY), dtype == torch.float32
     entries = 4096 if wide else 16_384  # of a state in one program: 64 registers for each thread of 8 warps
-    value_tile = tile(value, min(64, entries // key_tile))
+    widest = 128 if key_tile == 128 and not decays else 64  # what spills least
+    value_tile = tile(value, min(widest, entries // key_tile))
     blocks = min(-(-value // value_tile), entries // (key_tile * value_tile), 4)
     kept = key_tile * value_tile * blocks
     one_walk = not decays and not wide and kept <= 4096 and value <= value_tile
@@ -140,7 +144,10 @@ def _backward_plan(
     splits = _splits(resident, groups, length, 64)
     share = -(-length // (splits * 64)) * 64
     period = min(share, PERIOD) if one_walk else share
-    return BackwardPlan(key_tile, value_tile, blocks, chunk, warps, stages, splits, max(period, 64), one_walk)
+    return BackwardPlan(
+        key_tile, value_tile, blocks, chunk, warps, stages, splits, max(period, 64), one_walk,
+        query_chunk=32, query_stages=1 if wide else 3,
+    )  # fmt: skip
 
 
 def _splits(programs: int, groups: int, length: int, unit: int) -> int:
