@@ -139,7 +139,7 @@ def test_peers_that_are_not_there_or_fail_are_named_and_left_out(tmp_path, conso
 
 
 def test_peers_that_tune_themselves_meet_shapes_that_are_timed():
-    (attention,) = SUITES["linear-attention"]
+    attention, _ = SUITES["linear-attention"]
     for shape in FEW:
         assert shape in attention.shapes["cuda"]
     fla = [c for c in attention.contenders if c.package == "fla"]
@@ -152,6 +152,23 @@ def test_peers_that_tune_themselves_meet_shapes_that_are_timed():
     lengths = {s["T"] for s in attention.shapes["cuda"] if s["H"] == 8}
     assert {min(lengths), max(lengths)} == {128, 2**20}
     assert {s["B"] * s["T"] for s in attention.shapes["cuda"] if s["T"] <= 2**17} == {2**17}
+
+
+def test_how_far_the_time_of_a_token_depends_on_the_length_is_said(tmp_path, console, monkeypatch):
+    _, flat = SUITES["linear-attention"]
+    for shapes in flat.shapes.values():
+        assert len({s["B"] * s["T"] for s in shapes}) == 1
+    assert {s["T"] for s in flat.shapes["cuda"]} >= {2**14, 2**20}
+    times = iter([9.0, 18.0, 9.9, 27.0])  # forward and both, at one length and the other
+    monkeypatch.setattr(bench, "measure", lambda *words: Time(next(times), 0.0, 99.0, 3))
+    axes = {"H": 2, "K": 4, "V": 4}
+    run_bench(
+        ["linear-attention"], out=tmp_path / "b.csv", device="cpu", console=console, peers=False,
+        shapes={"linear-attention": (), flat.op: ({"B": 2, "T": 45} | axes, {"B": 1, "T": 90} | axes)},
+    )  # fmt: skip
+    text = " ".join(table(console).split())
+    assert "chela reference, forward: 1e+05 to 1.1e+05 ns a token from T 45 to 90, flat to 10.0 %" in text
+    assert "chela reference, forward+backward: 2e+05 to 3e+05 ns a token from T 45 to 90, flat to 50.0 %" in text
 
 
 def test_plots_of_all_lengths_are_written_beside_the_table(tmp_path, console):

@@ -112,6 +112,8 @@ def run_bench(
             file.flush()
             rows += new
             console.print(_table(suite, measured))
+            for line in _flatness(suite, measured) if suite.flat else ():
+                console.print(line, highlight=False, markup=False)
         if TRAINING in ops:
             chosen = (shapes or {}).get(TRAINING)
             new = bench_training(where, kind, seconds, peers=peers, shapes=chosen, console=console)
@@ -277,6 +279,19 @@ def _table(suite: Suite, measured: Sequence[Measured]) -> Table:
                 cells += [won]
             table.add_row(*cells, f"{1000 * suite.tokens(shape) / m.times[passes[-1]].median:,.0f}")
     return table
+
+
+def _flatness(suite: Suite, measured: Sequence[Measured]) -> Iterator[str]:
+    """How far the time of a token goes with the length: the slowest over the fastest, by contender and pass."""
+    for name in dict.fromkeys(m.contender.name for m in measured):
+        ours = [m for m in measured if m.contender.name == name]
+        lengths = [m.shape["T"] for m in ours]
+        for part in ours[0].times:
+            each = [1e6 * m.times[part].median / suite.tokens(m.shape) for m in ours]
+            yield (
+                f"{name}, {part}: {min(each):.4g} to {max(each):.4g} ns a token from T {min(lengths):,} to "
+                f"{max(lengths):,}, flat to {100 * (max(each) / min(each) - 1):.1f} %"
+            )
 
 
 def _ratio(value: float) -> str:

@@ -5,6 +5,7 @@ layout it likes best, and getting there is not timed.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,12 +32,14 @@ from chela.ops.short_conv.reference import taps
 IMPLS: tuple[Impl, ...] = ("triton", "reference")
 
 
-def _ours(run: Callable[..., Tensor], name: str = "chela {}") -> tuple[Contender, ...]:
+def _ours(run: Callable[..., Tensor], name: str = "chela {}", longest_plain: int = 131_072) -> tuple[Contender, ...]:
+    """Our implementations, the reference on a GPU up to a length."""
+
     def bound(impl: Impl) -> Callable[..., Tensor]:
         return lambda **inputs: run(**inputs, impl=impl)
 
     def longest(impl: Impl) -> Callable[[str], int]:
-        return lambda device: 131_072 if impl == "reference" and device == "cuda" else 2**62
+        return lambda device: longest_plain if impl == "reference" and device == "cuda" else 2**62
 
     return tuple(Contender(name.format(impl), bound(impl), impl=impl, longest=longest(impl)) for impl in IMPLS)
 
@@ -52,13 +55,17 @@ ATTENTION_LENGTHS = (128, 512, 2048, 8192, 16_384, 32_768, 65_536, 131_072, 262_
 GPU_TOKENS = 131_072
 
 
+def _attend(q: Tensor, k: Tensor, v: Tensor, impl: Impl) -> Tensor:
+    return linear_attention(q, k, v, impl=impl)[0]
+
+
 ATTENTION = Suite(
     op="linear-attention",
     uses=("linear_attention",),
     make=lambda s, **options: linear_attention_inputs(s["B"], s["T"], s["H"], s["K"], s["V"], **options),
     plain=lambda q, k, v: quadratic(q, k, v)[0],
     contenders=(
-        *_ours(lambda q, k, v, impl: linear_attention(q, k, v, impl=impl)[0]),
+        *_ours(_attend),
         SDPA,
         FLA_CHUNK,
         FLA_FUSED,
@@ -72,6 +79,17 @@ ATTENTION = Suite(
         ),
     },
     check={"B": 2, "T": 333, "H": 3, "K": 24, "V": 40},
+)
+
+ATTENTION_FLAT = replace(
+    ATTENTION,
+    op="linear-attention, B x T constant",
+    contenders=_ours(_attend, longest_plain=0),  # whose memory a GPU does not have here
+    shapes={
+        "cpu": _lengths({"B": 0, "T": 0, "H": 4, "K": 64, "V": 64}, CPU_LENGTHS, 16_384),
+        "cuda": _lengths({"B": 0, "T": 0, "H": 8, "K": 64, "V": 64}, [2**n for n in range(14, 21)], 2**20),
+    },
+    flat=True,
 )
 
 
@@ -261,7 +279,7 @@ DECODE_ONLINE = Suite(
 """N tokens one by one, the beginning of the online state included, after T inputs within reach; time of one token."""
 
 SUITES = {
-    "linear-attention": (ATTENTION,),
+    "linear-attention": (ATTENTION, ATTENTION_FLAT),
     "short-conv": (SHORT,),
     "long-conv": (LONG,),
     "decode": (DECODE_ATTENTION, DECODE_CONVOLUTIONS, DECODE_ONLINE),

@@ -60,6 +60,9 @@ class Suite:
     """Whether the backward pass is timed."""
     floor: bool = True
     """Whether all the op must read and write are the inputs and the output, so that a copy's speed is its limit."""
+    flat: bool = False
+    """Whether all shapes have as many tokens, so that the time of one should not depend on the length; the bench says
+    how far it does."""
     tokens: Callable[[Shape], int] = lambda shape: shape["B"] * shape["T"]
     """Tokens that one time is given for."""
     steps: Callable[[Tensor], int] = lambda out: 1
