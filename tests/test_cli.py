@@ -278,6 +278,7 @@ DAMAGE = {
     "wrong type": ("config.toml", edit("d_model = 8", 'd_model = "8"'), r"model.d_model must be int, got '8'"),
     "out of range": ("config.toml", edit("dropout = 0.1", "dropout = 1.5"), r"model.dropout must lie in"),
     "no TOML": ("config.toml", lambda path: path.write_text("d_model 8"), r"config.toml: Expected"),
+    "emptied": ("config.toml", lambda path: path.write_text(""), r"config.toml: the file is empty"),
     "no text": ("config.toml", lambda path: path.write_bytes(b"\xff\xfe\x00"), r"config.toml: "),
 }
 
@@ -373,10 +374,11 @@ def test_a_loss_that_is_not_finite_names_the_layer_and_keeps_the_checkpoint(tmp_
 
 GENERATE = {
     "--max-new-tokens 0": "max-new-tokens must be at least 1, got 0",
-    "--temperature -1": "temperature must not be negative",
+    "--temperature -1": "temperature must be finite and not negative",
+    "--temperature nan": "temperature must be finite and not negative",
     "--top-k -1": "top-k must not be negative",
     "--top-p 0": r"top-p must lie in \(0, 1\], got 0",
-    "--repetition-penalty 0": r"repetition-penalty must be positive \(1 leaves the logits alone\), got 0",
+    "--repetition-penalty 0": r"repetition-penalty must be positive and finite \(1 leaves the logits alone\), got 0",
     "--repetition-penalty much": r"--repetition-penalty wants a number: 'much'",
     "--device tpu": "--device is one of 'auto', 'cpu', 'cuda'; got 'tpu'",
 }

@@ -90,7 +90,9 @@ def load_toml(path: Path) -> RunConfig:
         ValueError: missing or malformed file, unknown key, bad value; the message names the file.
     """
     try:
-        return from_dict(RunConfig, tomllib.loads(path.read_text(encoding="utf-8")))
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        _check(bool(values), "the file is empty: the settings of the run are lost")
+        return from_dict(RunConfig, values)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path} does not exist: is {path.parent} the folder of a run?") from None
     except OSError as error:

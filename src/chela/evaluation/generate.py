@@ -1,6 +1,7 @@
 """Text from a language model: prefill on the prompts, then one token at a time on an explicit state."""
 
 import codecs
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -125,14 +126,16 @@ def _check(
             raise ValueError(f"token id {token} is outside the model's vocabulary 0..{vocab - 1}")
     if max_new_tokens < 1:
         raise ValueError(f"max-new-tokens must be at least 1, got {max_new_tokens}")
-    if temperature < 0:
-        raise ValueError(f"temperature must not be negative (0 takes the likeliest token), got {temperature}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be finite and not negative (0: the likeliest token), got {temperature}")
     if top_k < 0:
         raise ValueError(f"top-k must not be negative (0 draws among all tokens), got {top_k}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top-p must lie in (0, 1], got {top_p}")
-    if repetition_penalty <= 0:
-        raise ValueError(f"repetition-penalty must be positive (1 leaves the logits alone), got {repetition_penalty}")
+    if not 0 < repetition_penalty < math.inf:
+        raise ValueError(
+            f"repetition-penalty must be positive and finite (1 leaves the logits alone), got {repetition_penalty}"
+        )
 
 
 @torch.inference_mode()
