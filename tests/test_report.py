@@ -188,6 +188,7 @@ def test_warnings_and_environment_are_shown(tmp_path):
     assert ["commit", "abc-dirty", "a"] in table
     assert ["", "def", "b"] in table
     assert ["torch", "2", ""] in table
+    assert not any(row[0] == "python" for row in table), "no run knows it"
 
 
 def test_language_models_are_measured_in_bits(tmp_path):

@@ -45,10 +45,10 @@ tr.fact td:first-child { width: 11rem; } tr.more td { border-top: 0; padding-top
 td.fixed { white-space: nowrap; } td:first-child { min-width: 9rem; } .scroll + p { margin-top: .9rem; }
 td.bad { color: var(--bad); } td.good { color: var(--good); }
 code, pre { font: .85rem/1.6 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-pre { margin: 0; padding: .8rem 1rem; white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--rule);
+pre { margin: 0; padding: .8rem 1rem; overflow-x: auto; border: 1px solid var(--rule);
   border-radius: 10px; background: var(--card); }
 details summary { cursor: pointer; color: var(--soft); margin-top: .6rem; }
-@media print { body { background: none; } .scroll { overflow: visible; } }
+@media print { body { background: none; } .scroll { overflow: visible; } pre { white-space: pre-wrap; } }
 """
 
 

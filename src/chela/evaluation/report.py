@@ -165,7 +165,8 @@ def _departures(groups: Sequence[Group]) -> str:
 def _environment(runs: Sequence[Run]) -> str:
     """A row for each fact, or one for each of its values with the runs that had it."""
     rows = []
-    for key in ENVIRONMENT:
+    known = [key for key in ENVIRONMENT if any(key in run.last("start") for run in runs)]
+    for key in known:
         met: dict[str, list[str]] = {}
         for run in runs:
             met.setdefault(str(run.last("start").get(key, "unknown")), []).append(run.folder.name)
