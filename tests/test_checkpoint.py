@@ -29,7 +29,7 @@ def tree(folder: Path) -> dict[str, str]:
 
 def curve(folder: Path) -> list[dict]:
     """What a run computed: its journal without starts, ends and clocks."""
-    clocks = {"seconds", "tokens_per_s"}
+    clocks = {"seconds", "trained_seconds", "tokens_per_s"}
     entries = journal.read(folder / "metrics.jsonl")
     return [
         {key: value for key, value in entry.items() if key not in clocks}
@@ -200,6 +200,7 @@ def test_a_signal_saves_and_exits_with_0(tmp_path, number):
     assert f"stopped ({number.name})" in out
     end = journal.read(tmp_path / "run" / "metrics.jsonl")[-1]
     assert (end["kind"], end["status"]) == ("end", "stopped")
+    assert end["seconds"] > 0
     assert steps(tmp_path / "run" / "checkpoint")[-1].name == f"step-{end['step']:08d}"
 
 

@@ -188,6 +188,9 @@ class TrainConfig:
 
     steps: int = 1000
     """Optimiser steps."""
+    minutes: float = 0.0
+    """Train for so many minutes instead, and let the schedule end with them whatever a step takes; 0 counts steps.
+    Validation, checkpoints and the first step of each start, which compiles, are left out of the count."""
     batch_size: int = 64
     """Examples an optimiser step, over all processes and accumulation."""
     bucket_batches: int = 0
@@ -248,6 +251,7 @@ class TrainConfig:
             _require(getattr(self, name) >= 1, f"train.{name} must be at least 1, got {getattr(self, name)}")
         for name in ("bucket_batches", "length_warmup", "eval_batch_size", "eval_examples", "chance_after"):
             _require(getattr(self, name) >= 0, f"train.{name} must not be negative, got {getattr(self, name)}")
+        _require(0 <= self.minutes < math.inf, f"train.minutes must be finite and not negative, got {self.minutes}")
         _require(
             not (self.length_warmup and self.carry_state),
             "train.length_warmup cuts rows in pieces, train.carry_state reads on in each row: take one of them",

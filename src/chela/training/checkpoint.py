@@ -45,7 +45,9 @@ class State:
     step: int = 0
     """Steps done."""
     seconds: float = 0.0
-    """Time spent on them, over all starts."""
+    """Time since the run began, over all starts."""
+    trained: float = 0.0
+    """Time spent on updates alone, but for each start's first: what `train.minutes` counts."""
     best: dict[str, float] | None = None
     """The best validation, with its step."""
     sums: list[float] = field(default_factory=lambda: [0.0] * 3)
@@ -141,6 +143,7 @@ def verify(checkpoint: Path) -> tuple[State, RunConfig]:
     if damaged is None:
         try:
             record = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+            record = {"trained": 0.0} | record  # which older checkpoints lack
             state = State(**{f.name: record[f.name] for f in fields(State)})
             return state, from_dict(RunConfig, record["run"])
         except (ValueError, KeyError, TypeError) as error:

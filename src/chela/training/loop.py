@@ -24,6 +24,7 @@ from chela.training.guard import Guard, NonFinite, check_weights, explain
 from chela.training.interrupt import Interrupt
 from chela.training.journal import Journal, surroundings
 from chela.training.optim import make_optimizer, schedule, set_rate
+from chela.training.pace import steps_in_all
 from chela.training.progress import Display
 from chela.training.step import Objective, compute_gradients
 from chela.training.stream import Source, Stream
@@ -107,6 +108,7 @@ class Trainer:
         board = Board(folder.path / "tensorboard", found.state.step) if watched else None
         self.journal = Journal(folder.journal if distributed.is_main() else None, board)
         self.saved = self.state.step
+        self.steps = steps_in_all(run.train, self.state.step, self.state.trained)  # of the whole run
         self.began = time.monotonic() - self.state.seconds
         self._announce()
 
@@ -123,38 +125,47 @@ class Trainer:
         learner = Learner(self.model, self.optimizer, self.guard, self.sums, run, self.dtype, self.carried)
         with (
             Interrupt(deadline) as interrupt,
-            Stream(self.source, run.train.steps, self.device) as stream,
+            Stream(self.source, math.inf if run.train.minutes else run.train.steps, self.device) as stream,
             make_update(learner) as update,
             self.display.live(state.step),
         ):
-            while state.step < run.train.steps:
+            while state.step < self.steps:
                 step, begun = state.step, time.monotonic()
                 share = stream.take(step)
                 stop = bool(interrupt.reason) and step > first  # each start takes a step at least
-                counts = distributed.sum_over_ranks(torch.tensor([share.targets, share.tokens, stop]))
-                targets, new_tokens, stop = counts.tolist()
+                clock = round(1e6 * state.trained) if distributed.is_main() else 0  # one for all processes
+                counts = distributed.sum_over_ranks(torch.tensor([share.targets, share.tokens, stop, clock]))
+                targets, new_tokens, stop, clock = counts.tolist()
                 if stop:
+                    self._stop_if_not_finite()  # waits for the device, as below
+                    state.trained += time.monotonic() - begun
                     self._stop(interrupt.reason or "another process was stopped")
                     break
 
-                set_rate(self.optimizer, schedule(run.optim, step, run.train.steps))
+                self.steps = self.display.steps = steps_in_all(run.train, step, clock / 1e6)
+                set_rate(self.optimizer, schedule(run.optim, step, self.steps))
                 update(share, targets, step)
 
                 state.step += 1
                 state.steps, state.targets = state.steps + 1, state.targets + targets
                 tokens += new_tokens
-                if logging := self._due(run.train.log_every):
+                logging, validating, saving = map(
+                    self._due, (run.train.log_every, run.train.eval_every, run.train.save_every)
+                )
+                if logging or validating or saving:
                     self._stop_if_not_finite()
-                busy += time.monotonic() - begun
+                spent = time.monotonic() - begun
+                busy += spent
+                state.trained += spent if step > first else 0.0
                 if logging:
                     self._log(tokens / busy)
                     busy, tokens = 0.0, 0
-                if self._due(run.train.eval_every):
+                if validating:
                     self._validate()
-                if self._due(run.train.save_every):
+                if saving:
                     self._save()
                 self.display.step(state.step)
-        return state.step == run.train.steps
+        return state.step == self.steps
 
     def test(self) -> dict[str, float]:
         """Evaluate the best weights on the test split, once, and close the journal."""
@@ -175,7 +186,7 @@ class Trainer:
         return result
 
     def _due(self, every: int) -> bool:
-        return self.state.step % every == 0 or self.state.step == self.run.train.steps
+        return self.state.step % every == 0 or self.state.step == self.steps
 
     def _log(self, tokens_per_s: float) -> None:
         """Write the means since the last line, and say so once if nothing has been learned for long."""
@@ -187,7 +198,7 @@ class Trainer:
             step=step,
             loss=loss,
             accuracy=accuracy,
-            lr=self.run.optim.lr * schedule(self.run.optim, step - 1, self.run.train.steps),
+            lr=self.run.optim.lr * schedule(self.run.optim, step - 1, self.steps),
             grad_norm=norm / state.steps,
             tokens_per_s=round(tokens_per_s, 1),
         )
@@ -208,7 +219,8 @@ class Trainer:
         self._stop_if_not_finite()
         result = self._evaluate("val")
         step, spent = self.state.step, time.monotonic() - self.began
-        self.journal.write("val", step=step, seconds=round(spent, 3), **result)
+        trained = round(self.state.trained, 3)
+        self.journal.write("val", step=step, seconds=round(spent, 3), trained_seconds=trained, **result)
         best = metrics.better(result, self.state.best, self.task.kind)
         if best:
             self.state.best = {"step": step, **result}
@@ -235,9 +247,10 @@ class Trainer:
         step = self.state.step
         if self.saved < step:
             self._save()
-        self.journal.write("end", status="stopped", step=step, reason=reason, best=self.state.best)
+        spent = round(time.monotonic() - self.began, 3)
+        self.journal.write("end", status="stopped", step=step, reason=reason, best=self.state.best, seconds=spent)
         self.display.say(
-            f"stopped ({reason}) at step {step:,} of {self.run.train.steps:,}; the same command goes on from there"
+            f"stopped ({reason}) at step {step:,} of {self._in_all()}; the same command goes on from there"
         )
 
     def _evaluate(self, name: str) -> dict[str, float]:
@@ -280,6 +293,9 @@ class Trainer:
         self.journal.write("end", status="failed", step=self.state.step, message=message)
         raise NonFinite(message)
 
+    def _in_all(self) -> str:
+        return f"about {self.steps:,}" if self.run.train.minutes else f"{self.steps:,}"
+
     def _announce(self) -> None:
         run, task, step = self.run, self.task, self.state.step
         parameters = sum(p.numel() for p in self.model.parameters())
@@ -305,4 +321,4 @@ class Trainer:
         dtype = str(self.dtype).removeprefix("torch.")
         self.display.say(f"{parameters:,} parameters on {here['device']}, {dtype}{processes}")
         if step:
-            self.display.say(f"going on from step {step:,} of {run.train.steps:,}")
+            self.display.say(f"going on from step {step:,} of {self._in_all()}")

@@ -17,12 +17,12 @@ class Display:
 
     Args:
         console: where to write; standard output by default.
-        steps: optimiser steps of the whole run.
+        steps: optimiser steps of the whole run, as far as is known.
     """
 
     def __init__(self, console: Console | None, steps: int) -> None:
         self._console = console or Console()
-        self._steps = steps
+        self.steps = steps  # with `train.minutes` it moves
         self._last = -QUIET_SECONDS
         self._bar: Progress | None = None
 
@@ -39,14 +39,14 @@ class Display:
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self._console, transient=True) as bar:
-            self._bar, self._task = bar, bar.add_task("", total=self._steps, completed=step)
+            self._bar, self._task = bar, bar.add_task("", total=self.steps, completed=step)
             yield
         self._bar = None
 
     def step(self, step: int) -> None:
         """A step is done."""
         if self._bar:
-            self._bar.update(self._task, completed=step)
+            self._bar.update(self._task, completed=step, total=self.steps)
 
     def train(self, step: int, loss: float, accuracy: float, tokens_per_s: float) -> None:
         """Means since the last line of the journal."""
@@ -55,7 +55,7 @@ class Display:
             self._bar.update(self._task, description=words)
         elif time.monotonic() - self._last >= QUIET_SECONDS:
             self._last = time.monotonic()
-            self.say(f"step {step:,}/{self._steps:,}: {words}")
+            self.say(f"step {step:,}/{self.steps:,}: {words}")
 
     def say(self, text: str) -> None:
         """Print a line."""

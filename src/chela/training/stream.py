@@ -74,7 +74,7 @@ class Source:
 class Stream:
     """A source's shares, one step ahead in a thread of its own; page-locked memory when it goes to a GPU."""
 
-    def __init__(self, source: Source, steps: int, device: torch.device) -> None:
+    def __init__(self, source: Source, steps: float, device: torch.device) -> None:
         def read(step: int) -> Share:
             share = source.share(step)
             return replace(share, parts=[_pin(part) for part in share.parts]) if device.type == "cuda" else share
