@@ -130,7 +130,7 @@ def _backward(
     ends = split_starts(q, grad, over_scale, plan, log2_decay, cu_seqlens, backward=True)
     groups = plan.programs(value)
     programs = rows * heads * plan.splits * groups
-    # Each group of columns of V gives a part of dq and dk; a single one gives them whole.
+    # Each group of columns of V gives a part of dq and dk, no finer than their sum; a single one gives them whole.
     narrow = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
     parts = [x if groups == 1 else x.new_empty(groups, *x.shape, dtype=narrow) for x in (dq, dk)]
     d_logs = q.new_zeros(programs if decay is not None else 0, dtype=torch.float32)

@@ -12,7 +12,7 @@ forwards. Where `kernels_one_walk` can take the place of both, it does.
 
 A state is as wide as V, since dq and dk sum over all values: it is kept as BLOCKS blocks of BV columns, each a tensor
 of its own, so that no product has a result wider than that. Where V is wider still, groups of blocks go to programs
-of their own, and each group gives a part of dq and dk.
+of their own, each gives a part of dq and dk, and `sum_groups` adds these up.
 """
 
 import triton
