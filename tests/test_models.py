@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from chela.config import ModelConfig
 from chela.models import CausalLM, Classifier, TwoTowerClassifier, build, load_model, save_model
+from test_chunked_loss import Watch  # pyrefly: ignore
 
 SMALL = ModelConfig(
     layers=2, d_model=16, d_ff=24, d_key=8, d_value=16, vocab=20, classes=5, kernel_length=48, branches=(3, 7)
@@ -108,6 +109,20 @@ def test_prefill_of_a_padded_batch_continues_as_each_row_alone(side):
         alone, alone_state = model.prefill(content.unsqueeze(0))
         assert relative(logits[row, mask[row]], alone[0]) < 1e-10
         assert relative(after[row], model.step(following[row : row + 1], alone_state)[0][0]) < 1e-10
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [False, True])
+def test_prefill_for_the_last_logits_alone(padded):
+    model, tokens = make(LM), torch.randint(LM.vocab, (2, 40))
+    mask = torch.arange(40) >= torch.tensor([[0], [13]]) if padded else None
+    logits, state = model.prefill(tokens, mask)
+    with Watch() as watch:
+        last, same = model.prefill(tokens, mask, last=3)
+    torch.testing.assert_close(last, logits[:, -3:], rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(same.tensors(), state.tensors(), strict=True))
+    assert (2, 3, LM.vocab) in watch.sizes
+    assert (2, 40, LM.vocab) not in watch.sizes
 
 
 def test_packed_documents_equal_each_alone():

@@ -154,8 +154,8 @@ def _stream(
     tokens = torch.tensor([[0] * (length - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[False] * (length - len(p)) + [True] * len(p) for p in prompts], device=device)
     generator = torch.Generator(device).manual_seed(seed)
-    logits, state = model.prefill(tokens, None if bool(mask.all()) else mask)
-    logits, decoder = logits[:, -1], Decoder(model, state)
+    logits, state = model.prefill(tokens, None if bool(mask.all()) else mask, last=1)
+    logits, decoder = logits.squeeze(1), Decoder(model, state)
     seen = torch.zeros(len(prompts), model.config.vocab, dtype=torch.bool, device=device)
     for row, prompt in enumerate(prompts):
         seen[row, list(prompt)] = True

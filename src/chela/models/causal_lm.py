@@ -93,6 +93,7 @@ class CausalLM(nn.Module):
         mask: Bool[Tensor, "b t"] | None = None,
         state: ChelaState | None = None,
         *,
+        last: int = 0,
         impl: Impl = "auto",
     ) -> tuple[Float[Tensor, "b t vocab"], ChelaState]:
         """Read a piece of a sequence: logits [B, T, vocab] and the state after it.
@@ -101,6 +102,7 @@ class CausalLM(nn.Module):
             tokens: int64 [B, T], T >= 1.
             mask: True at real tokens, padding on either side; only for a first piece.
             state: what an earlier piece returned.
+            last: logits of so many last positions alone, which for a long prompt takes far less memory; 0 of all.
             impl: implementation of the ops.
 
         Raises:
@@ -116,7 +118,7 @@ class CausalLM(nn.Module):
             )
             x = torch.empty_like(x).scatter(1, order.unsqueeze(-1).expand_as(x), x)
         assert after is not None
-        return self.head(x), after
+        return self.head(x[:, -last:]), after
 
     def step(
         self, token: Int[Tensor, " b"], state: ChelaState, *, impl: Impl = "auto"

@@ -152,12 +152,8 @@ class ChelaForCausalLM(RunModel, GenerationMixin):
             one_place = len(set(getattr(self, "hf_device_map", {}).values())) < 2
             logits = cache.decoder(self.chela, impl, record=one_place).step(tokens.squeeze(1))
             logits = logits.unsqueeze(1).clone()  # the next step may write where these lie
-        elif mask is not None:
-            logits, cache.state = self.chela.prefill(tokens, mask, impl=impl)
-            logits = logits[:, -keep:]
         else:
-            x, cache.state = self.chela.backbone(tokens, state=state, return_state=True, impl=impl)
-            logits = self.chela.head(x[:, -keep:])
+            logits, cache.state = self.chela.prefill(tokens, mask, state, last=keep, impl=impl)
         cache.seen += tokens.shape[1]
         return logits
 
