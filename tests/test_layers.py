@@ -284,6 +284,21 @@ def test_a_block_gives_the_same_numbers_on_kernels(norm, prenorm):
         (lambda: GatedLinearAttention(D, norm="max"), "norm must be"),  # pyrefly: ignore
         (lambda: GatedLinearAttention(D, causal=False, decay=True), "decay needs causal"),
         (lambda: layer()(torch.zeros(1, 4, D).double(), mask=torch.ones(1, 4).bool(), state=_state()), "exclude"),
+        (
+            lambda: layer()(torch.zeros(1, 4, D).double(), mask=torch.ones(1, 4)),
+            "mask must be bool .* got torch.float32",
+        ),
+        (
+            lambda: layer()(torch.zeros(1, 4, D).double(), mask=torch.ones(1, 3).bool()),
+            r"mask must be .*got .*\[1, 3\]",
+        ),
+        (lambda: GatedLinearAttention(D, d_key=0), "d_key must be at least 1"),
+        (lambda: ShortLongConv(D, kernel_length=-1), "kernel_length must not be negative"),
+        (lambda: ShortLongConv(D, kernel_length=8, short_width=-1), "short_width must not be negative"),
+        (lambda: ShortLongConv(D, kernel_length=8, kernel="thick"), "kernel must be dense or"),  # pyrefly: ignore
+        (lambda: ShortLongConv(D, kernel_length=8, kernel="multiscale", taps_per_octave=0), "taps_per_octave must be"),
+        (lambda: ShortLongConv(D, kernel_length=8, branches=(3, 0)), "branches must be positive"),
+        (lambda: ShortLongConv(D, kernel_length=8, tap_dropout=1.0), "tap_dropout lie in"),
     ],
 )
 def test_mistakes_are_named(make, part):

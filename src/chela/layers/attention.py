@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from chela.layers.padding import check_mask
 from chela.layers.short_long_conv import is_step
 from chela.ops import linear_attention, linear_attention_step
 from chela.ops.impl import Impl
@@ -29,6 +30,9 @@ class GatedLinearAttention(nn.Module):
         causal: past only.
         norm: "rms" (per head), "sum" (weights sum to one; features `elu + 1` keep them positive) or "none".
         decay: learn a decay per head (causal only).
+
+    Raises:
+        ValueError: a width out of its range, an unknown norm, or a decay that is not causal.
     """
 
     def __init__(
@@ -43,6 +47,9 @@ class GatedLinearAttention(nn.Module):
         decay: bool = False,
     ) -> None:
         super().__init__()
+        for name, value in (("d_key", d_key), ("d_value", d_value), ("heads", heads)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
         if d_value % heads:
             raise ValueError(f"d_value {d_value} is not a multiple of heads {heads}")
         if norm not in ("rms", "sum", "none"):
@@ -79,7 +86,7 @@ class GatedLinearAttention(nn.Module):
             Output [B, T, D] (arbitrary at padding) and the state after the last position, or None.
 
         Raises:
-            ValueError: mask together with state, or what the op refuses.
+            ValueError: a mask of another shape or type, or together with state; or what the op refuses.
         """
         shared, gate = self.from_z(z).split(self.widths, dim=-1)
         attended, after = self.mix(
@@ -113,10 +120,9 @@ class GatedLinearAttention(nn.Module):
             Heads side by side [B, T, V], and the state or None.
 
         Raises:
-            ValueError: mask together with state, or what the op refuses.
+            ValueError: a mask of another shape or type, or together with state; or what the op refuses.
         """
-        if mask is not None and state is not None:
-            raise ValueError("mask and state exclude each other: padding cannot stand between a state and its tokens")
+        check_mask(mask, x, state)
         shared = F.silu(shared).unsqueeze(2)  # [B, T, 1, K]
         q = shared * self.q_gain.to(shared.dtype) + self.q_bias.to(shared.dtype)
         k = shared * self.k_gain.to(shared.dtype) + self.k_bias.to(shared.dtype)

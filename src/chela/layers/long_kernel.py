@@ -5,7 +5,7 @@ Lags count into the past: tap 0 is the current step. A bidirectional kernel has 
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
@@ -126,6 +126,16 @@ class BranchedKernel(nn.Module):
         tap_dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        if kind not in get_args(KernelKind):
+            raise ValueError(f"kernel must be {' or '.join(get_args(KernelKind))}; got {kind!r}")
+        if taps_per_octave < 1:
+            raise ValueError(f"taps_per_octave must be at least 1; got {taps_per_octave}")
+        if not all(width >= 1 for width in branches):
+            raise ValueError(f"branches must be positive widths; got {branches}")
+        if squash < 0 or not 0 <= tap_dropout < 1:
+            raise ValueError(
+                f"squash must not be negative and tap_dropout lie in [0, 1); got {squash} and {tap_dropout}"
+            )
         self.d_model, self.length, self.causal, self.squash = d_model, length, causal, squash
         self.tap_dropout = nn.Dropout(tap_dropout)
         directions = 1 if causal or length == 1 else 2

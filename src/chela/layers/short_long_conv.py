@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from chela.layers.long_kernel import BranchedKernel, FoldedKernel, KernelKind
+from chela.layers.padding import check_mask, zero_padding
 from chela.ops import long_conv, long_conv_online_state, long_conv_step, short_conv, short_conv_step
 from chela.ops.impl import Impl
 from chela.ops.long_conv.online import OnlineState
@@ -35,6 +36,9 @@ class ShortLongConv(nn.Module):
         branch_norm: batch norm on each branch (one convolution a branch while training).
         squash: soft threshold on the long branch's taps.
         tap_dropout: share of the long branch's taps dropped while training.
+
+    Raises:
+        ValueError: a width, length or share out of its range, or an unknown kernel.
     """
 
     def __init__(
@@ -52,6 +56,9 @@ class ShortLongConv(nn.Module):
         tap_dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        for name, value in (("kernel_length", kernel_length), ("short_width", short_width)):
+            if value < 0:
+                raise ValueError(f"{name} must not be negative (0 leaves the stage out); got {value}")
         self.d_model, self.causal, self.kernel_length = d_model, causal, kernel_length
         if short_width > 0:
             bound = short_width**-0.5
@@ -111,14 +118,13 @@ class ShortLongConv(nn.Module):
             Output [B, T, D] (arbitrary at padding) and the state, or None.
 
         Raises:
-            ValueError: mask together with state, or what the ops refuse.
+            ValueError: a mask of another shape or type, or together with state; or what the ops refuse.
         """
-        if mask is not None and state is not None:
-            raise ValueError("mask and state exclude each other: padding cannot stand between a state and its tokens")
+        check_mask(mask, x, state)
         before = state or ShortLongState(None, None)
         carry = {"causal": self.causal, "return_state": return_state, "cu_seqlens": cu_seqlens, "impl": impl}
         after_short = after_long = None
-        u = _zero_padding(_narrow(x), mask)
+        u = zero_padding(_narrow(x), mask)
         if self.short_weight is not None:
             weight, bias = self.short_weight.to(u.dtype), self.short_bias
             if before.short is not None and is_step(x, return_state):
@@ -128,7 +134,7 @@ class ShortLongConv(nn.Module):
                 u = u.unsqueeze(1)
             else:
                 u, after_short = short_conv(u, weight, bias, activation="silu", state=before.short, **carry)
-            u = _zero_padding(u, mask)  # the bias made padding non-zero
+            u = zero_padding(u, mask)  # the bias made padding non-zero
         z = u
         if self.kernel is not None:
             if isinstance(self.kernel, BranchedKernel) and self.kernel.norms is not None and self.training:
@@ -199,7 +205,3 @@ def _narrow(x: Tensor) -> Tensor:
     if x.dtype == torch.float32 and kind != "meta" and torch.is_autocast_enabled(kind):
         return x.to(torch.get_autocast_dtype(kind))
     return x
-
-
-def _zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0)
