@@ -18,6 +18,7 @@ from chela.data import Batch
 from chela.training import distributed
 from chela.training.carry import Carried
 from chela.training.guard import Guard
+from chela.training.precompile import precompile
 from chela.training.step import Objective, add_gradients, clip_gradients, compute_gradients, dropout_seed
 from chela.training.stream import Share
 
@@ -153,6 +154,8 @@ class GraphedUpdate:
     def _record(self, part: Batch) -> Recording:
         """Take a step that compiles whatever it meets, undo it, and record the next."""
         batch = part.to(self.learner.sums.device)
+        if not self.recordings:
+            precompile(self.learner.run, batch, self.learner.dtype)
         before = {id(tensor): tensor.detach().clone() for tensor in self.learner.changed()}
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
