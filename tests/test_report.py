@@ -221,7 +221,7 @@ def test_text_from_outside_is_escaped(tmp_path):
 
 def test_a_page_that_cannot_be_written_leaves_the_old_one(three, tmp_path, monkeypatch):
     old = read(three, tmp_path)
-    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr("pathlib.Path.rename", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(ValueError, match=r"cannot write .*page\.html: No space left on device"):
         write_report(three, tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text(encoding="utf-8") == old

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from chela.disk import sync, sync_folder
+
 Arrays = dict[str, np.ndarray]
 BLOCK_BYTES = 1 << 23
 """About as much of a large array is lost when its preparation is stopped."""
@@ -39,8 +41,7 @@ def prepared(root: Path, name: str, key: dict[str, Any], make: Callable[[], Arra
         for array_name, array in make().items():
             with (aside / f"{array_name}.npy").open("wb") as file:
                 np.save(file, array)
-                file.flush()
-                os.fsync(file.fileno())
+                sync(file)
 
     return _load(prepared_folder(root, name, key, write))
 
@@ -152,8 +153,7 @@ def _write(path: Path, offset: int, content: bytes | memoryview) -> None:
         with path.open("r+b") as file:
             file.seek(offset)
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -185,6 +185,7 @@ def _no_room(folder: Path, error: OSError) -> ValueError:
 
 def _publish(aside: Path, folder: Path) -> None:
     try:
+        sync_folder(aside)
         aside.rename(folder)
     except OSError:  # another process was quicker with the same arrays
         if not folder.is_dir():

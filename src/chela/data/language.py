@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from chela.data.packed import PackedSplit
 from chela.data.task import Task, differs
 from chela.data.token_files import TokenFiles, TokenWriter
 from chela.data.tokenizer import FILE, ByteCoder, Coder, Tokenizer, cut_between_words, train_tokenizer
+from chela.disk import write_synced
 
 MAX_LENGTH = 1024
 VOCAB = 16_384
@@ -91,10 +91,7 @@ def _tokenizer(config: DataConfig, corpus: Corpus, progress: Progress) -> str:
         pieces = (piece for text in corpus.parts["train"]() for piece in cut_between_words(text, SPREAD))
         chosen = (piece for number, piece in enumerate(pieces) if number % every == 0)
         told = _Told(progress, f"{corpus.name}: a tokenizer of {vocab:,} symbols", min(sizes, LEARNED))
-        with (folder / FILE).open("w", encoding="utf-8") as file:
-            file.write(train_tokenizer(told.through(chosen), vocab))
-            file.flush()
-            os.fsync(file.fileno())
+        write_synced(folder / FILE, train_tokenizer(told.through(chosen), vocab).encode())
 
     folder = prepared_folder(config.root, f"{corpus.name}-bpe", {"source": corpus.key["train"], "vocab": vocab}, write)
     try:

@@ -14,12 +14,13 @@ The header is written last: a folder without one holds no token files.
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+
+from chela.disk import sync, write_synced
 
 HEADER, ENDS, FORMAT, VERSION = "tokens.json", "ends.bin", "chela-tokens", 1
 SHARD_TOKENS = 1 << 28
@@ -87,8 +88,7 @@ class TokenWriter:
 
     def _end_shard(self) -> None:
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            sync(self._file)
             self._file.close()
             self._shards[-1]["sha256"] = self._digest.hexdigest()
             self._file, self._digest = None, hashlib.sha256()
@@ -109,10 +109,7 @@ class TokenWriter:
             "ends": {"file": ENDS, "sha256": hashlib.sha256(ends).hexdigest()},
         }
         for name, content in ((ENDS, ends), (HEADER, json.dumps(header, indent=1).encode())):
-            with (self._folder / name).open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            write_synced(self._folder / name, content)
 
 
 @dataclass(frozen=True)

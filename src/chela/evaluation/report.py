@@ -1,6 +1,5 @@
 """`chela report`: one self-contained page on runs, grouped by configuration; the same runs give the same page."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import tomli_w
 
 from chela.config import DataConfig
+from chela.disk import write_whole
 from chela.evaluation import curves, page
 from chela.evaluation.page import Cell
 from chela.evaluation.results import baselines, metric, minutes, results, score
@@ -30,10 +30,8 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     if not folders:
         raise ValueError("name at least one run: chela report runs/digits-seed0")
     text = render([read_run(folder) for folder in folders])
-    aside = out.with_name(out.name + ".tmp")
     try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, out)
+        write_whole(out, text.encode())
     except OSError as error:
         raise ValueError(f"cannot write {out}: {error.strerror}") from None
     return out

@@ -110,6 +110,9 @@ class BranchedKernel(nn.Module):
 
     With `branch_norm`, each branch's output also passes a batch norm of its own while training; with the running
     statistics of evaluation that is again a scale and a shift, so the branches still fold.
+
+    Raises:
+        ValueError: an unknown kind, or a number out of its range (names it).
     """
 
     def __init__(

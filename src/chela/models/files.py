@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from chela.config import ModelConfig
+from chela.disk import write_whole
 from chela.models.build import build
 from chela.models.causal_lm import CausalLM
 from chela.models.classifier import Classifier, TwoTowerClassifier
@@ -18,16 +18,11 @@ from chela.record import differences, from_dict, to_dict
 
 
 def save_model(model: Classifier | TwoTowerClassifier | CausalLM, path: Path) -> None:
-    """Write weights and settings to `path`: aside first, then flushed and renamed, so a crash leaves the old file."""
+    """Write weights and settings to `path`; a crash leaves the old file or the new one."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     header = json.dumps({"model": to_dict(model.config), "sha256": digest(tensors)}, sort_keys=True)
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("wb") as file:
-        # one entry: the library writes several in random order, and equal weights must give equal files
-        file.write(save(tensors, metadata={"chela": header}))
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
+    # one entry: the library writes several in random order, and equal weights must give equal files
+    write_whole(path, save(tensors, metadata={"chela": header}))
 
 
 def load_model(

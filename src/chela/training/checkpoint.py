@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 import chela
 from chela.config import RunConfig
+from chela.disk import same_file, sync_folder, write_synced
 from chela.record import differences, from_dict, to_dict
 from chela.training.carry import Carried
-from chela.training.files import same_file, sync_folder, write_synced
 
 SUMS = "SHA256SUMS"
 HARMLESS = {

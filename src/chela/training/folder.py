@@ -9,10 +9,10 @@ import tomli_w
 
 from chela.config import RunConfig
 from chela.data import tokenizer
+from chela.disk import same_file, write_whole
 from chela.record import load_toml, to_dict
 from chela.training import checkpoint, journal
 from chela.training.checkpoint import State
-from chela.training.files import same_file, write_whole
 
 
 @dataclass(frozen=True)

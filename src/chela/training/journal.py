@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 import chela
+from chela.disk import write_whole
 from chela.training.board import Board
-from chela.training.files import write_whole
 
 TRACKED = ("ls-files", "--error-unmatch", "__init__.py")
 COMMIT = ("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")

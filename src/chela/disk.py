@@ -1,8 +1,9 @@
-"""Files that are written whole or not at all."""
+"""Files that outlast a crash and a power cut: flushed to disk, written whole or not at all."""
 
 import os
 import shutil
 from pathlib import Path
+from typing import IO
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -17,8 +18,13 @@ def write_synced(path: Path, content: bytes) -> None:
     """Write a file and flush it to disk."""
     with path.open("wb") as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+        sync(file)
+
+
+def sync(file: IO[bytes]) -> None:
+    """Flush what was written to an open file to disk."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def sync_folder(path: Path) -> None:
