@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from chela.evaluation import bench, bench_cases, bench_plot, bench_training, curves
+from chela.evaluation import bench, bench_cases, bench_generation, bench_plot, bench_training, curves
 from chela.evaluation.bench import COLUMNS, run_bench
 from chela.evaluation.bench_cases import SUITES
 from chela.evaluation.bench_peers import FEW
@@ -167,8 +167,10 @@ def test_how_far_the_time_of_a_token_depends_on_the_length_is_said(tmp_path, con
         shapes={"linear-attention": (), flat.op: ({"B": 2, "T": 45} | axes, {"B": 1, "T": 90} | axes)},
     )  # fmt: skip
     text = " ".join(table(console).split())
-    assert "chela reference, forward: 1e+05 to 1.1e+05 ns a token from T 45 to 90, flat to 10.0 %" in text
-    assert "chela reference, forward+backward: 2e+05 to 3e+05 ns a token from T 45 to 90, flat to 50.0 %" in text
+    assert "chela reference, forward: 100,000.00 to 110,000.00 ns a token from T 45 to 90, flat to 10.0 %" in text
+    assert (
+        "chela reference, forward+backward: 200,000.00 to 300,000.00 ns a token from T 45 to 90, flat to 50.0 %" in text
+    )
 
 
 def test_plots_of_all_lengths_are_written_beside_the_table(tmp_path, console):
@@ -243,8 +245,8 @@ def test_mistakes_are_named_before_anything_is_measured(words, message, tmp_path
 
 
 def test_training_updates_are_checked_timed_and_plotted(tmp_path, console):
-    shapes: dict[str, tuple[dict[str, int], ...]] = {bench.TRAINING: ({"B": 2, "T": 16}, {"B": 1, "T": 32})}
-    rows = run_bench([bench.TRAINING], out=tmp_path / "b.csv", device="cpu", seconds=0, shapes=shapes, console=console)
+    shapes: dict[str, tuple[dict[str, int], ...]] = {"training": ({"B": 2, "T": 16}, {"B": 1, "T": 32})}
+    rows = run_bench(["training"], out=tmp_path / "b.csv", device="cpu", seconds=0, shapes=shapes, console=console)
     assert len(rows) == 6
     assert {row["implementation"] for row in rows} == {"chela", "Transformer, SDPA", "convolutions by FFT"}
     for row in rows:
@@ -253,6 +255,45 @@ def test_training_updates_are_checked_timed_and_plotted(tmp_path, console):
         assert float(str(row["tokens_per_s"])) == pytest.approx(32e3 / float(str(row["median_ms"])), rel=1e-3)
         assert bool(row["worst_relative_error"]) == (row["implementation"] == "chela")
     assert (tmp_path / "b-training-step-D128.png").is_file()
+
+
+def test_generation_is_checked_timed_and_plotted(tmp_path, console):
+    shapes: dict[str, tuple[dict[str, int], ...]] = {"generation": ({"B": 1, "T": 32}, {"B": 2, "T": 300})}
+    rows = run_bench(["generation"], out=tmp_path / "b.csv", device="cpu", seconds=0, shapes=shapes, console=console)
+    assert [(row["implementation"], row["pass"]) for row in rows] == [
+        *[("chela", "prefill"), ("chela", "step")] * 2,
+        *[("Transformer, SDPA", "prefill"), ("Transformer, SDPA", "step")] * 2,
+    ]
+    for row in rows:
+        tokens = {"B1 T32 D64": (32, 1), "B2 T300 D64": (600, 2)}[str(row["shape"])][row["pass"] == "step"]
+        assert float(str(row["tokens_per_s"])) == pytest.approx(1e3 * tokens / float(str(row["median_ms"])), rel=1e-3)
+        assert bool(row["worst_relative_error"]) == (row["implementation"] == "chela")
+    last = {row["implementation"]: float(str(row["row_mib"])) for row in rows if row["shape"] == "B2 T300 D64"}
+    assert last["Transformer, SDPA"] == pytest.approx(300 * 2 * 2 * 64 * 4 / 2**20, rel=1e-3), "keys and values"
+    assert last["chela"] < last["Transformer, SDPA"]
+    assert (tmp_path / "b-generation-D64.png").is_file()
+
+
+def test_a_prompt_in_pieces_and_one_that_does_not_fit(tmp_path, monkeypatch, console):
+    monkeypatch.setattr(bench_generation, "PIECE", 16)
+    read = bench_generation._read
+
+    def short_of_memory(model, tokens, piece):
+        if model.config.mixer == "transformer":
+            raise torch.OutOfMemoryError
+        assert piece == 16
+        return read(model, tokens, piece)
+
+    monkeypatch.setattr(bench_generation, "_read", short_of_memory)
+    rows = bench_generation.bench_generation(CPU, torch.float32, 0, shapes=({"B": 1, "T": 40},), console=console)
+    assert {row["implementation"] for row in rows} == {"chela"}
+    assert "Transformer, SDPA at B1 T40: out of memory" in table(console)
+
+
+def test_wrong_steps_are_not_timed(monkeypatch):
+    monkeypatch.setattr(bench_generation.Decoder, "step", lambda self, token: torch.ones(len(token), 256))
+    with pytest.raises(AssertionError, match="off the whole forward's"):
+        bench_generation.check(CPU, torch.float32)
 
 
 def test_a_wrong_update_is_not_timed(monkeypatch):

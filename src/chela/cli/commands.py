@@ -204,7 +204,7 @@ def bench(
 
     Args:
         ops: Any of linear-attention, short-conv, long-conv, decode; all of these when left out. And training: whole
-            updates of a model beside a Transformer's.
+            updates of a model beside a Transformer's; and generation: prompts read and tokens written by both.
         device: Where to compute; auto takes the GPU when there is one.
         dtype: Type of the inputs; auto is bfloat16 on a GPU, float32 on a CPU.
         seconds: Time spent on each measurement.

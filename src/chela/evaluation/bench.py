@@ -22,6 +22,7 @@ from torch import Tensor
 
 from chela.evaluation import bench_plot
 from chela.evaluation.bench_cases import SUITES
+from chela.evaluation.bench_generation import bench_generation
 from chela.evaluation.bench_suite import Contender, Inputs, Shape, Suite
 from chela.evaluation.bench_training import bench_training
 from chela.evaluation.runs import place
@@ -34,11 +35,11 @@ from chela.training.device import compute_type
 from chela.training.journal import surroundings
 
 PASSES = ("forward", "forward+backward")
-TRAINING = "training"
-"""Whole updates, timed when asked for by name: they take minutes."""
+MODELS = {"training": bench_training, "generation": bench_generation}
+"""Whole models, timed when asked for by name: they take minutes."""
 COLUMNS = (
     *("op", "implementation", "shape", "dtype", "pass", "median_ms", "low_ms", "high_ms", "repeats", "tokens_per_s"),
-    *("floor_ms", "ratio_to_floor", "copy_gb_per_s", "first_s", "peak_mib"),
+    *("floor_ms", "ratio_to_floor", "copy_gb_per_s", "first_s", "peak_mib", "row_mib"),
     *("worst_relative_error", "device", "threads", "chela", "torch", "triton", "python", "commit", "date"),
 )
 
@@ -70,7 +71,7 @@ def run_bench(
     """Check and time ops, print tables and write every measurement to a CSV file, with plots beside it.
 
     Args:
-        ops: names of suites, or "training"; none for all suites.
+        ops: names of suites, "training" or "generation"; none for all suites.
         out: the CSV file, written anew; an earlier one stays until all is measured (`out.part` has what was).
         device: where to compute.
         dtype: of the inputs; auto is bfloat16 on a GPU.
@@ -86,7 +87,7 @@ def run_bench(
         ValueError: an unknown op, a device that is not there, a file that cannot be written.
         AssertionError: an implementation of ours fails its check; nothing of its suite is timed.
     """
-    names = (*SUITES, TRAINING)
+    names = (*SUITES, *MODELS)
     for name in ops:
         if name not in names:
             raise ValueError(f"unknown op {name!r}{nearest(name, names)}; ops: {', '.join(names)}")
@@ -114,11 +115,13 @@ def run_bench(
             console.print(_table(suite, measured))
             for line in _flatness(suite, measured) if suite.flat else ():
                 console.print(line, highlight=False, markup=False)
-        if TRAINING in ops:
-            chosen = (shapes or {}).get(TRAINING)
-            new = bench_training(where, kind, seconds, peers=peers, shapes=chosen, console=console)
-            rows += [row | provenance for row in new]
-            writer.writerows(rows[-len(new) :])
+        for name in (name for name in MODELS if name in ops):
+            chosen = (shapes or {}).get(name)
+            new = MODELS[name](where, kind, seconds, peers=peers, shapes=chosen, console=console)
+            new = [row | provenance for row in new]
+            writer.writerows(new)
+            file.flush()
+            rows += new
     console.print(f"{len(rows)} measurements with their 20 and 80 % quantiles in {out}", highlight=False, markup=False)
     for line in bench_plot.write(rows, out):
         console.print(line, highlight=False, markup=False)
@@ -289,7 +292,7 @@ def _flatness(suite: Suite, measured: Sequence[Measured]) -> Iterator[str]:
         for part in ours[0].times:
             each = [1e6 * m.times[part].median / suite.tokens(m.shape) for m in ours]
             yield (
-                f"{name}, {part}: {min(each):.4g} to {max(each):.4g} ns a token from T {min(lengths):,} to "
+                f"{name}, {part}: {min(each):,.2f} to {max(each):,.2f} ns a token from T {min(lengths):,} to "
                 f"{max(lengths):,}, flat to {100 * (max(each) / min(each) - 1):.1f} %"
             )
 
