@@ -85,6 +85,13 @@ def rows(text: str) -> list[list[str]]:
     ]
 
 
+def test_a_run_of_minutes_has_no_number_of_steps_to_reach(three, tmp_path):
+    timed = replace(preset("digits"), train=replace(preset("digits").train, minutes=2.5))
+    folder = write_run(tmp_path / "timed", timed, 0.94)
+    assert ("steps in 2.5 min" in read([folder], tmp_path), "steps of" in read([folder], tmp_path)) == (True, False)
+    assert "steps of 1,000" in read(three[:1], tmp_path)
+
+
 def test_runs_of_one_seed_count_once(three, tmp_path):
     again = write_run(tmp_path / "again", replace(preset("digits"), seed=2), 0.94)
     (line,) = [row for row in rows(read([*three, again], tmp_path)) if row[0] == "digits"]

@@ -74,7 +74,8 @@ def _headline(run: Run) -> list[tuple[str, str]]:
         name, value = max(recorded.items(), key=lambda item: item[1])
         items.append((f"{100 * value:.2f} %", f"baseline: {name}"))
     items.append((f"{run.last('start').get('parameters', 0):,}", "parameters"))
-    items.append((f"{run.step:,}", f"steps of {run.config.train.steps:,}"))
+    train = run.config.train
+    items.append((f"{run.step:,}", f"steps in {train.minutes:g} min" if train.minutes else f"steps of {train.steps:,}"))
     items.append((minutes(run.seconds), "minutes"))
     return items
 
