@@ -6,13 +6,13 @@ import platform
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 import chela
 from chela.evaluation.datasets import inventory
 from chela.evaluation.selftest import known_issues, selftest
+from chela.evaluation.terminal import console_for_tables
 from chela.ops.impl import WITH_TRITON, resolve
 
 OPS = ("linear_attention", "short_conv", "long_conv")
@@ -46,13 +46,15 @@ def diagnose(root: Path) -> list[tuple[str, str, str]]:
 def show(root: Path) -> None:
     """Print the findings as a table."""
     table = Table(box=None, pad_edge=False, show_header=False)
+    for _ in range(3):
+        table.add_column(overflow="fold")  # a long name is cut nowhere
     part = ""
     for group, name, text in diagnose(root):
         if part and group != part:
             table.add_section()
         table.add_row(Text(group if group != part else "", style="bold"), Text(name), Text(text))
         part = group
-    Console().print(table)
+    console_for_tables().print(table)
 
 
 def examine() -> int:

@@ -12,11 +12,10 @@ from rich.text import Text
 from chela.evaluation import page
 from chela.evaluation.page import Cell
 from chela.evaluation.runs import Group, Run, group
+from chela.evaluation.terminal import console_for_tables
 
 NARROW = ("Configuration", "Runs", "Best validation", "Steps", "Minutes")
 """Columns that stand beside the test's result in a terminal too."""
-WIDE = 120
-"""Columns of text where the output goes into a file or a pipe."""
 
 
 def metric(result: dict[str, Any]) -> tuple[str, str]:
@@ -46,9 +45,7 @@ def results(groups: Sequence[tuple[str, Group]]) -> str:
 
 def show(runs: Sequence[Run], console: Console | None = None) -> None:
     """Print the same table for every task of some runs."""
-    console = console or Console()
-    if not console.is_terminal:
-        console.width = max(console.width, WIDE)
+    console = console_for_tables(console)
     together: dict[str, list[tuple[str, Group]]] = {}
     for g in group(runs):
         together.setdefault(g.config.data.task, []).append(("", g))
