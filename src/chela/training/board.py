@@ -24,7 +24,6 @@ class Board:
     Args:
         folder: where the events go.
         step: steps done; what an earlier start wrote beyond them is hidden.
-
     """
 
     def __init__(self, folder: Path, step: int) -> None:

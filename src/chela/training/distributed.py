@@ -78,11 +78,6 @@ def share_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, 0)
 
 
-def barrier() -> None:
-    """Wait for all processes."""
-    sum_over_ranks(torch.zeros(1))
-
-
 def gather_texts(text: str) -> list[str]:
     """Every rank's text, in order of rank."""
     if size() == 1:
