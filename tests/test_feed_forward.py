@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from chela.layers.norms import make_norm
 from chela.ops import dropout as masks
-from chela.ops.feed_forward import feed_forward
+from chela.ops.feed_forward import feed_forward, fits
 from chela.ops.random_inputs import feed_forward_inputs
 from chela.ops.testing import check_op, relative_error, values_and_gradients
 
@@ -78,6 +78,15 @@ def test_autocast_says_what_the_products_take_and_the_residual_what_comes_out():
     assert 1e-5 < relative_error(out, exact) < 1e-2
     with torch.autocast("cpu", torch.bfloat16, enabled=False):
         assert torch.equal(feed_forward(**inputs, norm="layer"), exact)
+
+
+def test_what_fits_is_a_matter_of_what_the_products_take():
+    x = torch.empty(0, 160)
+    assert not fits(x)
+    assert fits(x.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fits(x)
+        assert not fits(torch.empty(0, 257))
 
 
 def test_the_same_seed_drops_the_same_and_another_does_not():

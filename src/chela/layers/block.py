@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from chela.layers.chela import ChelaLayer, LayerState
 from chela.layers.norms import NormKind, make_norm
 from chela.ops.dropout import draw_seed
-from chela.ops.feed_forward import feed_forward, widest
-from chela.ops.impl import Impl
+from chela.ops.feed_forward import feed_forward, fits
+from chela.ops.impl import Impl, resolve
 
 
 class ChelaBlock(nn.Module):
@@ -81,8 +81,7 @@ class ChelaBlock(nn.Module):
         layers, norm = self.feed_forward, self.feed_forward_norm
         assert layers is not None
         assert norm is not None
-        if impl != "triton" or x.shape[-1] > widest(x.dtype):
-            # "auto" will take the op, too, once its present kernels have been held to float64 on a GPU
+        if not fits(x) or resolve(impl, x.device, "feed_forward") == "reference":
             return x + layers(norm(x, mask) if self.prenorm else x)
         dropout = self.dropout if self.training else 0.0
         options: dict[str, Any] = {"dropout": dropout, "seed": draw_seed(dropout, x.device), "impl": impl}

@@ -12,7 +12,7 @@ from chela.layers.long_kernel import KernelKind
 from chela.layers.short_long_conv import ShortLongConv, ShortLongState
 from chela.ops.dropout import draw_seed
 from chela.ops.gated_output import WIDEST, gated_output
-from chela.ops.impl import Impl
+from chela.ops.impl import Impl, resolve
 
 
 class LayerState(NamedTuple):
@@ -155,8 +155,7 @@ class ChelaLayer(nn.Module):
             cu_seqlens=cu_seqlens,
             impl=impl,
         )
-        if impl == "triton" and self.d_model <= WIDEST:
-            # "auto" will take it, too, once its kernels have been held to float64 on a GPU
+        if self.d_model <= WIDEST and resolve(impl, x.device, "gated_output") == "triton":
             y = self._gated_output(m, mixed, residual)
         else:
             gate, h, p = mixed.split([d_value, self.d_model, self.d_model], dim=-1)

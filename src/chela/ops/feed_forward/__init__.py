@@ -20,6 +20,11 @@ def widest(dtype: torch.dtype) -> int:
     return 128 if dtype == torch.float32 else 256
 
 
+def fits(x: Tensor) -> bool:
+    """Whether the Triton kernels take rows as wide as those of x [..., D]."""
+    return x.shape[-1] <= widest(_product_dtype(x))
+
+
 def feed_forward(
     x: Float[Tensor, "... d"],
     w1: Float[Tensor, "f d"],
@@ -75,9 +80,6 @@ def feed_forward(
         check_seed(seed, "x", x)
     else:
         seed = None
-    dtype = x.dtype
-    if dtype != torch.float64 and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
     options: dict[str, Any] = {
         "norm": norm,
         "gain": gain,
@@ -85,9 +87,9 @@ def feed_forward(
         "residual": x if residual is None else residual,
         "dropout": dropout,
         "seed": seed,
-        "dtype": dtype,
+        "dtype": _product_dtype(x),
     }
-    if impl == "auto" and x.shape[-1] > widest(dtype):
+    if impl == "auto" and not fits(x):
         impl = "reference"
     if resolve(impl, x.device, "feed_forward") == "triton":
         from chela.ops.feed_forward import fused
@@ -95,6 +97,12 @@ def feed_forward(
         return fused.feed_forward(x, w1, b1, w2, b2, **options | {"residual": residual})
     with no_autocast(x.device):
         return reference.feed_forward(x, w1, b1, w2, b2, **options)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    if x.dtype != torch.float64 and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
 
 
 def _check(

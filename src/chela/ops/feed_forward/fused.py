@@ -9,7 +9,7 @@ from torch import Tensor
 from chela.ops.dropout import scale, threshold
 from chela.ops.feed_forward import kernels, kernels_backward, widest
 from chela.ops.feed_forward.reference import EPS
-from chela.ops.launch import dense, grid, no_second_derivative, power
+from chela.ops.launch import ceil, dense, grid, no_second_derivative, power
 
 
 class Tile(NamedTuple):
@@ -20,7 +20,9 @@ class Tile(NamedTuple):
     """Columns of F at a time; a multiple of 64, as dropout wants."""
     warps: int
     stages: int
-    """Slices of the weights, or tiles of rows for the weights' gradients, that are on their way at a time."""
+    """Slices of the weights, or tiles of rows for the weights' gradients, that are on their way at a time.
+
+    With dropout it is always one: what makes the masks takes the registers."""
 
 
 class Plan(NamedTuple):
@@ -35,8 +37,8 @@ class Plan(NamedTuple):
 # `stages` slices of both weights; registers a float32 tile of rows, its hidden columns and, in the last, two matrices.
 PLANS = {
     2: {
-        64: Plan(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
-        128: Plan(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 1)),
+        64: Plan(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
+        128: Plan(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
         256: Plan(Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 64, 8, 1)),
     },
     4: {
@@ -45,8 +47,8 @@ PLANS = {
     },
 }
 STAYING = 2**17
-"""Bytes of both weights, of 16-bit numbers, up to which they stay in shared memory, while one program for each
-multiprocessor walks over the tiles of rows. Larger ones pass through for every tile."""
+"""Bytes of both weights, of 16-bit numbers, up to which they stay in shared memory in the forward pass, while one
+program for each multiprocessor walks over the tiles of rows. Larger ones pass through for every tile."""
 FOLD = 16
 """Rows of the weights that one program folds."""
 SUM = 4096
@@ -119,7 +121,7 @@ class _Launch:
         self.rows = x.numel() // self.d
         self.block = max(64, power(self.d))
         self.plan = PLANS[dtype.itemsize][self.block]
-        self.padded = -(-self.f // 64) * 64
+        self.padded = ceil(self.f, 64) * 64
         self.drops = (seed, threshold(rate), scale(rate))
         # The gain's one number for all channels is read D times.
         self.gains = {"GAIN": gain is not None, "GAIN_STEP": int(norm != "scale"), "SHIFT": shift is not None}
@@ -136,9 +138,8 @@ class _Launch:
         self.weights = weights[0], bias, weights[1]
 
     def tiles(self, tile: Tile) -> int:
-        """Programs of a kernel that gives rows."""
-        tiles = -(-self.rows // tile.rows)
-        return min(tiles, self.programs) if self.stays else tiles
+        """Tiles that hold all rows."""
+        return ceil(self.rows, tile.rows)
 
     def sizes(self, tile: Tile) -> dict[str, Any]:
         """Constants of a kernel."""
@@ -148,7 +149,7 @@ class _Launch:
             "BLOCK_M": tile.rows,
             "BLOCK_D": self.block,
             "BLOCK_F": tile.hidden,
-            "STAGES": tile.stages,
+            "STAGES": 1 if self.drop["DROP"] else tile.stages,
             "num_warps": tile.warps,
             **self.drop,
         }
@@ -176,7 +177,8 @@ def _forward(
         on = _Launch(x, w1, b1, w2, gain, shift, seed, norm, dropout, dtype)
         tile = on.plan.forward
         x = x.contiguous()
-        grid(kernels.forward, on.tiles(tile))(
+        programs = min(on.tiles(tile), on.programs) if on.stays else on.tiles(tile)
+        grid(kernels.forward, programs)(
             out, x, x if residual is None else residual.contiguous(), *on.weights, b2.contiguous(), on.drops[0],
             on.rows, *on.drops[1:], STAY=on.stays, **on.norm, **on.sizes(tile),
         )  # fmt: skip
@@ -214,11 +216,11 @@ def _backward(
         tile = on.plan.row_gradients
         grid(kernels_backward.row_gradients, on.tiles(tile))(
             dx, xh, dz, dy, x, *on.weights, on.drops[0], on.rows, *on.drops[1:],
-            OWN=own, STAY=on.stays, WRITE_XH=writes[0], WRITE_DZ=writes[1], **on.norm, **on.sizes(tile),
+            OWN=own, WRITE_XH=writes[0], WRITE_DZ=writes[1], **on.norm, **on.sizes(tile),
         )  # fmt: skip
         tile = on.plan.weight_gradients
         slices = on.padded // tile.hidden
-        splits = min(-(-on.rows // tile.rows), max(on.programs // slices, 1))
+        splits = min(on.tiles(tile), max(on.programs // slices, 1))
         parts = x.new_empty(splits, (2 * on.padded + 1) * on.block + on.padded, dtype=torch.float32)
         grid(kernels_backward.weight_gradients, slices, splits)(
             parts, xh, dz, *on.weights, on.drops[0], on.rows, splits, *on.drops[1:], **on.sizes(tile)

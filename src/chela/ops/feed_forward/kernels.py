@@ -7,9 +7,9 @@ BLOCK_F and D = BLOCK_D. xh are the rows after the norm, before gain and shift.
     xh = (x - mean) rstd                    w1 = W1 gain,  b1 = b1 + W1 shift
     h = xh w1' + b1     a = m1 silu(h)      y = residual + m2 (a w2 + b2)        m1, m2: dropout's masks, scaled
 
-Sums are float32; what enters a product is rounded to the products' type. A program walks over tiles of rows. Weights
-that fit stay in shared memory meanwhile; otherwise there is a program for each tile, and they pass through slice by
-slice.
+Sums are float32; what enters a product is rounded to the products' type. In the forward pass weights that fit stay in
+shared memory, and each program walks over tiles of rows. Otherwise, and for the gradients of rows, there is a program
+for each tile, and the weights pass through slice by slice.
 """
 
 import triton

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from chela.ops.dropout_kernels import keep
-from chela.ops.feed_forward.kernels import all_slices, dropped, normalise, rows_of, sigmoid, slice_of
+from chela.ops.feed_forward.kernels import dropped, normalise, rows_of, sigmoid, slice_of
 
 
 @triton.jit
@@ -53,7 +53,6 @@ def row_gradients(
     EPS: tl.constexpr,
     DROP: tl.constexpr,
     OWN: tl.constexpr,  # x is the residual as well
-    STAY: tl.constexpr,  # the weights stay in shared memory
     WRITE_XH: tl.constexpr,
     WRITE_DZ: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -61,43 +60,35 @@ def row_gradients(
     BLOCK_F: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Gradients of every so-manieth tile of BLOCK_M rows of x."""
-    if STAY:
-        slices = all_slices(w1_ptr, w2_ptr, F, BLOCK_F, BLOCK_D)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0), num_stages=1):
-        row, at, inside = rows_of(tile, rows, BLOCK_M, BLOCK_D, D)
-        if WRITE_XH:
-            x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            xh, rstd = normalise(x, inside, EPS, NORM, D)
-            tl.store(xh_ptr + at, xh.to(xh_ptr.dtype.element_ty), mask=inside)
-        if WRITE_DZ:
-            dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            dz = dropped(dy, seed_ptr, row, 0, threshold, scale, 1, DROP)
-            tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=inside)
-        tl.debug_barrier()  # what is loaded goes to matrix units through shared memory, what is computed does not
-        xh_tile = tl.load(xh_ptr + at, mask=inside, other=0.0)
-        dz_tile = tl.load(dz_ptr + at, mask=inside, other=0.0)
-        dxh = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        if STAY:
-            for n in tl.static_range(F // BLOCK_F):
-                first = n * BLOCK_F
-                dh, _ = _hidden(xh_tile, dz_tile, slices[n], b1_ptr, seed_ptr, row, first, threshold, scale, DROP)
-                dxh = tl.dot(dh.to(xh_tile.dtype), slices[n][0], dxh, input_precision="tf32x3")
-        else:
-            for first in tl.range(0, F, BLOCK_F, num_stages=STAGES):
-                weights = slice_of(w1_ptr, w2_ptr, first, BLOCK_F, BLOCK_D)
-                dh, _ = _hidden(xh_tile, dz_tile, weights, b1_ptr, seed_ptr, row, first, threshold, scale, DROP)
-                dxh = tl.dot(dh.to(xh_tile.dtype), weights[0], dxh, input_precision="tf32x3")
-        dx = dxh
-        if NORM != "none":
-            xh = tl.load(xh_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            dx -= xh * (tl.sum(dxh * xh, axis=1) / D)[:, None]
-            if NORM == "layer":
-                dx -= (tl.sum(dxh, axis=1) / D)[:, None]
-            dx *= rstd[:, None]
-        if OWN:
-            dx += tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    """Gradients of a tile of BLOCK_M rows of x. The weights pass through: waiting programs hide each other's loads."""
+    tile = tl.program_id(0)
+    row, at, inside = rows_of(tile, rows, BLOCK_M, BLOCK_D, D)
+    if WRITE_XH:
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        xh, rstd = normalise(x, inside, EPS, NORM, D)
+        tl.store(xh_ptr + at, xh.to(xh_ptr.dtype.element_ty), mask=inside)
+    if WRITE_DZ:
+        dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        dz = dropped(dy, seed_ptr, row, 0, threshold, scale, 1, DROP)
+        tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=inside)
+    tl.debug_barrier()  # what is loaded goes to matrix units through shared memory, what is computed does not
+    xh_tile = tl.load(xh_ptr + at, mask=inside, other=0.0)
+    dz_tile = tl.load(dz_ptr + at, mask=inside, other=0.0)
+    dxh = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for first in tl.range(0, F, BLOCK_F, num_stages=STAGES):
+        weights = slice_of(w1_ptr, w2_ptr, first, BLOCK_F, BLOCK_D)
+        dh, _ = _hidden(xh_tile, dz_tile, weights, b1_ptr, seed_ptr, row, first, threshold, scale, DROP)
+        dxh = tl.dot(dh.to(xh_tile.dtype), weights[0], dxh, input_precision="tf32x3")
+    dx = dxh
+    if NORM != "none":
+        xh = tl.load(xh_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        dx -= xh * (tl.sum(dxh * xh, axis=1) / D)[:, None]
+        if NORM == "layer":
+            dx -= (tl.sum(dxh, axis=1) / D)[:, None]
+        dx *= rstd[:, None]
+    if OWN:
+        dx += tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "threshold", "splits"])
