@@ -12,12 +12,15 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from chela.config import DataConfig
+from chela.data import load_task
 from chela.models import build, load_model
 from chela.training import checkpoint, journal
 from chela.training.checkpoint import State, restore, save_checkpoint, steps, verify
 from chela.training.folder import RunFolder
 from chela.training.interrupt import Interrupt
 from chela.training.optim import make_optimizer
+from chela.training.stream import Source
 from training_kit import make_run, make_task, run_tiny, start  # pyrefly: ignore
 
 
@@ -105,6 +108,22 @@ def test_batch_norm_goes_on_bit_equal(tmp_path):
         run_tiny(make_run(tmp_path / "b", model=model))
     run_tiny(make_run(tmp_path / "b", model=model))
     assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_batches_of_like_lengths_go_on_bit_equal(tmp_path):
+    settings = {"batch_size": 8, "bucket_batches": 3, "pad_multiple": 8, "steps": 10, "save_every": 4}
+    model = {"vocab": 16, "classes": 10, "kernel_length": 40, "norm": "batch"}
+    run = make_run(tmp_path / "whole", model=model, **settings)
+    task = load_task(DataConfig(task="listops", root=tmp_path, examples=100, min_length=8, max_length=40))
+    lengths = {Source(task, run).share(step).parts[0].inputs.shape[1] for step in range(3)}
+    assert len(lengths) > 1, "take other lengths: a pool must hold batches of several"
+    run_tiny(run, task)
+    pieces = replace(run, out=tmp_path / "pieces")
+    stops = 0
+    while run_tiny(replace(pieces, train=replace(pieces.train, time_limit="0.001s")), task)[0].status == "stopped":
+        stops += 1
+    assert stops == 9
+    assert_same_run(tmp_path / "whole", tmp_path / "pieces")
 
 
 class Crash(BaseException):
