@@ -15,14 +15,17 @@ from chela.ops.random_inputs import feed_forward_inputs
 from chela.ops.testing import check_op, relative_error, values_and_gradients
 
 DOUBLE = torch.float64
-NORMS: list[Any] = ["layer", "rms", "scale", "none"]
+NORMS: list[Any] = ["layer", "rms", "scale", "batch", "none"]
 SEED = torch.tensor(11)
 
 
-def by_layers(x, w1, b1, w2, b2, gain=None, shift=None, residual=None, *, norm, rate=0.0):
+def by_layers(x, w1, b1, w2, b2, gain=None, shift=None, mean=None, rstd=None, residual=None, *, norm, rate=0.0):
     """With the norms that blocks use, the masks written out."""
     h = x
-    if norm != "none":
+    if norm == "batch":
+        assert gain is not None
+        h = gain * rstd * x + (shift - gain * rstd * mean)
+    elif norm != "none":
         layer = make_norm(norm, x.shape[-1])
         names = {"layer": ("weight", "bias"), "rms": ("weight",), "scale": ("gain",)}[norm]
         given = {name: p for name, p in zip(names, (gain, shift), strict=False) if p is not None}
@@ -144,7 +147,10 @@ GOOD = feed_forward_inputs(2, 5, d=10, f=12, residual=True)
         ({"w2": GOOD["w1"]}, r"w2 must be \[D, F\] = \[10, 12\]; got \[12, 10\]"),
         ({"b2": GOOD["b1"]}, r"b2 must be \[D\] = \[10\]; got \[12\]"),
         ({"w2": GOOD["w2"].double()}, "w2 is float64 but x is torch.float32: cast w2 to float32"),
-        ({"norm": "batch"}, "norm must be one of layer, rms, scale, none; got 'batch'"),
+        ({"norm": "group"}, "norm must be one of layer, rms, scale, batch, none; got 'group'"),
+        ({"norm": "batch"}, "norm 'batch' needs mean"),
+        ({"mean": GOOD["shift"]}, "norm 'layer' takes no mean"),
+        ({"norm": "batch", "mean": GOOD["shift"], "rstd": GOOD["b1"]}, r"rstd must be \[D\] = \[10\]; got \[12\]"),
         ({"gain": None}, "norm 'layer' needs gain"),
         ({"norm": "rms"}, "norm 'rms' takes no shift"),
         ({"norm": "none", "shift": None}, "norm 'none' takes no gain"),

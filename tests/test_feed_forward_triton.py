@@ -13,7 +13,7 @@ from chela.ops.random_inputs import draw, feed_forward_inputs
 from chela.ops.testing import check_op, relative_error, values_and_gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NORMS: list[Any] = ["layer", "rms", "scale", "none"]
+NORMS: list[Any] = ["layer", "rms", "scale", "batch", "none"]
 TILE = 64  # rows of a tile in float32; in 16 bits there are 128
 run: Any = functools.partial(feed_forward, impl="triton")
 forward_op = torch.ops.chela.feed_forward.default
@@ -153,11 +153,13 @@ def test_no_rows(norm, nan_memory):
 def op_arguments(norm, residual, rate):
     inputs = inputs_of(20, d=10, f=12, norm=norm, residual=residual)
     leaves = {name: leaf.requires_grad_() for name, leaf in inputs.items()}
-    names = ("x", "residual", "w1", "b1", "w2", "b2", "gain", "shift")
+    names = ("x", "residual", "w1", "b1", "w2", "b2", "gain", "shift", "mean", "rstd")
     return *(leaves.get(name) for name in names), seed_of(3) if rate else None, norm, rate, torch.float32
 
 
-@pytest.mark.parametrize(("norm", "residual", "rate"), [("layer", False, 0.1), ("scale", True, 0.0), ("none", True, 0)])
+@pytest.mark.parametrize(
+    ("norm", "residual", "rate"), [("layer", False, 0.1), ("scale", True, 0), ("batch", False, 0), ("none", True, 0)]
+)
 def test_ops_are_registered_as_torch_wants_them(norm, residual, rate):
     arguments = op_arguments(norm, residual, float(rate))
     torch.library.opcheck(forward_op, arguments)

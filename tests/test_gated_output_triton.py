@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
-from chela.ops.gated_output import WIDEST, fused, gated_output
+from chela.ops.gated_output import WIDEST, fused, gated_output, gated_output_with_moments
 from chela.ops.random_inputs import draw, gated_output_inputs
 from chela.ops.testing import check_op, relative_error, values_and_gradients
 
@@ -37,6 +38,72 @@ def check(inputs, rate=0.0, heads=1, draws=1):
 @pytest.mark.parametrize(("bias", "gain"), [(True, True), (False, True), (True, False), (False, False)])
 def test_values_and_gradients_are_within_the_budget(bias, gain, heads, rate, nan_memory):
     check(inputs_of(3, 67, d=24, v=80, bias=bias, gain=gain), rate, heads)
+
+
+def with_moments(impl, mask, **options):
+    def op(**inputs):
+        y, moments = gated_output_with_moments(**inputs, mask=mask, impl=impl, **options)
+        return y, moments.mean, moments.variance
+
+    return op
+
+
+def check_moments(inputs, mask, rate=0.0):
+    options = {"dropout": rate, "seed": seed_of(5)}
+    op = with_moments("triton", mask, **options)
+    check_op(op, with_moments("reference", mask, **options), inputs)
+    first, second = values_and_gradients(op, inputs), values_and_gradients(op, inputs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("rows", [1, 31, 32, 33, 5 * TILE + 3])
+@pytest.mark.parametrize("masked", [False, True])
+def test_moments_are_within_the_budget(rows, masked, nan_memory):
+    mask = (torch.arange(rows, device=DEVICE) % 3 > 0) | (torch.arange(rows, device=DEVICE) == 0) if masked else None
+    check_moments(inputs_of(rows, d=70, v=12), mask, 0.2)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("residual", [None, torch.float32])
+def test_moments_in_low_precision(residual, dtype, nan_memory, monkeypatch):
+    """Their gradients meet an output made again from what was kept, rounded; so the plain one rounds it, too."""
+    silu = F.silu
+    monkeypatch.setattr(F, "silu", lambda x: silu(x.to(dtype).float() if x.dtype == torch.float32 else x))
+    lengths = torch.tensor([[67], [40], [0]], device=DEVICE)
+    mask = torch.arange(67, device=DEVICE) < lengths  # tiles without a row that counts
+    check_moments(inputs_of(3, 67, d=24, v=80, dtype=dtype, residual_dtype=residual), mask, 0.1)
+
+
+def test_moments_of_channels_far_from_zero():
+    """Squares are of differences: what float32 keeps of a channel's spread, the variance has."""
+    inputs = inputs_of(300, d=24, v=80)
+    inputs["residual"] += 1000
+    moments, exact = (
+        gated_output_with_moments(**x, impl=impl)[1]
+        for impl, x in (("triton", inputs), ("reference", {name: x.double() for name, x in inputs.items()}))
+    )
+    assert relative_error(moments.variance, exact.variance) < 1e-5
+    assert relative_error(moments.mean, exact.mean) < 1e-6
+    assert moments.count == exact.count == 300
+
+
+def test_moments_without_a_row_that_counts():
+    inputs = inputs_of(40, d=24, v=80)
+    op = with_moments("triton", torch.zeros(40, dtype=torch.bool, device=DEVICE))
+    results = values_and_gradients(op, inputs)
+    assert not results["state"].any()
+    assert not results["output 2"].any()
+    plain = values_and_gradients(lambda **x: op(**x)[0], inputs)
+    assert all(torch.equal(results[name], value) for name, value in plain.items())
+
+
+def test_gradients_of_moments_alone():
+    inputs = inputs_of(40, d=24, v=80)
+
+    def variance(impl, **inputs):
+        return with_moments(impl, None)(**inputs)[2]
+
+    check_op(functools.partial(variance, "triton"), functools.partial(variance, "reference"), inputs)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 31, 32, 33, TILE - 1, TILE, TILE + 1, 2 * TILE, 5 * TILE + 3])
@@ -151,9 +218,9 @@ def test_a_row_depends_on_no_other():
 
 def test_without_gradients_nothing_is_kept():
     tensors = [*inputs_of(33, d=24, v=80).values()]
-    out, *kept = forward_op(*tensors, None, 1, 0.0, False)
+    out, _, *kept = forward_op(*tensors, None, None, 1, 0.0, True, False)
     assert all(not tensor.numel() for tensor in kept)
-    assert torch.equal(out, forward_op(*tensors, None, 1, 0.0, True)[0])
+    assert torch.equal(out, forward_op(*tensors, None, None, 1, 0.0, True, True)[0])
 
 
 def test_no_rows(nan_memory):
@@ -164,14 +231,17 @@ def test_no_rows(nan_memory):
 
 
 @pytest.mark.parametrize(("bias", "gain", "rate"), [(True, True, 0.1), (False, False, 0.0)])
-def test_ops_are_registered_as_torch_wants_them(bias, gain, rate):
+@pytest.mark.parametrize("moments", [False, True])
+def test_ops_are_registered_as_torch_wants_them(moments, bias, gain, rate):
     leaves = {name: leaf.requires_grad_() for name, leaf in inputs_of(20, d=10, v=12, bias=bias, gain=gain).items()}
     tensors = [leaves.get(name) for name in ("m", "mixed", "residual", "weight", "bias", "gain")]
-    arguments = (*tensors, seed_of(3) if rate else None, 2, rate)
-    torch.library.opcheck(forward_op, (*arguments, True))
+    mask = torch.arange(20, device=DEVICE) < 13 if moments else None
+    arguments = (*tensors, mask, seed_of(3) if rate else None, 2, rate)
+    torch.library.opcheck(forward_op, (*arguments, moments, True))
     detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
-    _, pre, folded = forward_op(*detached, True)
-    torch.library.opcheck(backward_op, (draw(20, 10, seed=1, device=DEVICE), pre, folded, *detached))
+    _, *kept = forward_op(*detached, moments, True)
+    dy, dmoments = (draw(rows, 10, seed=rows, device=DEVICE) for rows in (20, 3))
+    torch.library.opcheck(backward_op, (dy, dmoments if moments else None, *kept, *detached))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])
@@ -184,6 +254,16 @@ def test_compiles_without_graph_breaks(backend):
         assert relative_error(actual[name], value) <= 1e-6, name
     with torch.no_grad():
         assert relative_error(compiled(**inputs), op(**inputs)) <= 1e-6
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])
+def test_moments_compile_without_graph_breaks(backend):
+    op = with_moments("triton", torch.arange(20, device=DEVICE) < 13)
+    inputs = inputs_of(20, d=10, v=12)
+    compiled = torch.compile(op, fullgraph=True, backend=backend)
+    actual, expected = values_and_gradients(compiled, inputs), values_and_gradients(op, inputs)
+    for name, value in expected.items():
+        assert relative_error(actual[name], value) <= 1e-6, name
 
 
 def test_a_second_derivative_is_refused():

@@ -1,3 +1,5 @@
+import copy
+import functools
 import itertools
 from typing import Any
 
@@ -9,7 +11,10 @@ from hypothesis import strategies as st
 from chela.layers import ChelaBlock, ChelaLayer, GatedLinearAttention, ShortLongConv
 from chela.layers.long_kernel import BranchedKernel, DenseKernel, FoldedKernel, MultiscaleKernel
 from chela.layers.norms import make_norm
+from chela.layers.padding import zero_padding
 from chela.ops import long_conv
+from chela.ops.random_inputs import draw
+from chela.ops.testing import check_op
 
 D = 12
 VARIANTS = {
@@ -274,6 +279,58 @@ def test_a_block_gives_the_same_numbers_on_kernels(norm, prenorm):
         (y * mask.unsqueeze(-1)).square().sum().backward()
         results.append((y[mask], [p.grad for p in block.parameters()]))
     torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("attention", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_batch_norm_folded_into_kernels_is_the_plain_one(training, masked, attention):
+    """Values, every gradient and the running statistics, against float64."""
+    torch.manual_seed(0)
+    mixer = ChelaLayer(16, kernel_length=20, d_key=8, d_value=16, causal=False, branches=(3,), attention=attention)
+    fused = ChelaBlock(mixer, d_ff=32, norm="batch").train(training)
+    blocks = {"fused": fused, "plain": copy.deepcopy(fused), "exact": copy.deepcopy(fused).double()}
+    mask = torch.arange(20) < torch.tensor([[20], [13]]) if masked else None
+
+    def run(name, impl, x, **parameters):
+        block = blocks["exact" if x.dtype == torch.float64 else name]
+        y, _ = torch.func.functional_call(block, parameters, (x,), {"mask": mask, "impl": impl})
+        return zero_padding(y, mask)
+
+    inputs = {"x": 3 + torch.randn(2, 20, 16), **dict(fused.named_parameters())}
+    check_op(functools.partial(run, "fused", "triton"), functools.partial(run, "plain", "reference"), inputs, draws=3)
+
+
+def test_a_batch_norm_folded_into_kernels_counts_its_running_statistics():
+    blocks = [ChelaBlock(ChelaLayer(16, kernel_length=20, d_key=8, d_value=16, branches=()), d_ff=32, norm="batch")]
+    blocks.append(copy.deepcopy(blocks[0]))
+    mask = torch.arange(20) < torch.tensor([[20], [13]])
+    for step in range(3):
+        x = 3 + draw(2, 20, 16, seed=step)
+        for block, impl in zip(blocks, ("triton", "reference"), strict=True):
+            block(x, mask=mask if step else None, impl=impl)
+    folded: Any
+    plain: Any
+    folded, plain = (block.feed_forward_norm for block in blocks)
+    assert folded.num_batches_tracked == plain.num_batches_tracked == 3
+    torch.testing.assert_close(folded.running_mean, plain.running_mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(folded.running_var, plain.running_var, rtol=1e-5, atol=1e-5)
+
+
+def test_a_block_with_batch_norm_compiles_whole():
+    """As in training on kernels: the statistics cross from one op to the other inside of the graph."""
+    block = ChelaBlock(ChelaLayer(16, kernel_length=20, d_key=8, d_value=16, branches=()), d_ff=32, norm="batch")
+    other = copy.deepcopy(block)
+    compiled: Any = torch.compile(other, fullgraph=True, backend="aot_eager")
+    x, mask = draw(2, 20, 16, seed=0), torch.arange(20) < torch.tensor([[20], [13]])
+    for impl in ("triton", "reference"):
+        results = []
+        for each in (block, compiled):
+            each.zero_grad()
+            y, _ = each(x, mask=mask, impl=impl)
+            y.square().sum().backward()
+            results.append((y, [p.grad for p in each.parameters()], [*each.buffers()]))
+        torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from chela.layers.chela import ChelaLayer, LayerState
-from chela.layers.norms import NormKind, make_norm
+from chela.layers.norms import BatchNorm, NormKind, make_norm
 from chela.ops.dropout import draw_seed
 from chela.ops.feed_forward import feed_forward, fits
 from chela.ops.impl import Impl, resolve
+from chela.ops.moments import Moments
 
 
 class ChelaBlock(nn.Module):
@@ -66,33 +67,41 @@ class ChelaBlock(nn.Module):
             "impl": impl,
         }
         if self.prenorm:
-            x, after = self.layer(self.layer_norm(x, mask), residual=x, **carry)
+            moments = None
+            normed = self.layer_norm(x, mask)
+            if self.norm == "batch" and self.training and self._fused(x, impl):
+                x, after, moments = self.layer.with_moments(normed, residual=x, **carry)
+            else:
+                x, after = self.layer(normed, residual=x, **carry)
             if self.feed_forward is not None and self.feed_forward_norm is not None:
-                x = self._feed_forward(x, mask, impl)
+                x = self._feed_forward(x, mask, moments, impl)
         else:
             x, after = self.layer(x, **carry)
             x = self.layer_norm(x, mask)
             if self.feed_forward is not None and self.feed_forward_norm is not None:
-                x = self.feed_forward_norm(self._feed_forward(x, mask, impl), mask)
+                x = self.feed_forward_norm(self._feed_forward(x, mask, None, impl), mask)
         return x, after
 
-    def _feed_forward(self, x: Tensor, mask: Tensor | None, impl: Impl) -> Tensor:
-        """`x + feed_forward(norm(x))` (post-norm: of x itself); in one op where its kernels are asked for."""
+    def _fused(self, x: Tensor, impl: Impl) -> bool:
+        """Whether the feed-forward part runs in one op."""
+        return self.feed_forward is not None and fits(x) and resolve(impl, x.device, "feed_forward") == "triton"
+
+    def _feed_forward(self, x: Tensor, mask: Tensor | None, moments: Moments | None, impl: Impl) -> Tensor:
+        """`x + feed_forward(norm(x))` (post-norm: of x itself); `moments` are what a batch norm trains with."""
         layers, norm = self.feed_forward, self.feed_forward_norm
         assert layers is not None
         assert norm is not None
-        if not fits(x) or resolve(impl, x.device, "feed_forward") == "reference":
+        if not self._fused(x, impl):
             return x + layers(norm(x, mask) if self.prenorm else x)
         dropout = self.dropout if self.training else 0.0
         options: dict[str, Any] = {"dropout": dropout, "seed": draw_seed(dropout, x.device), "impl": impl}
-        inputs = x
-        if self.prenorm and self.norm == "batch":  # its statistics cross positions
-            inputs, options["residual"] = norm(x, mask), x
-        elif self.prenorm:
+        if self.prenorm:
             options["norm"] = self.norm
             options["gain"] = norm.gain if self.norm == "scale" else norm.weight
-            options["shift"] = norm.bias if self.norm == "layer" else None
+            options["shift"] = norm.bias if self.norm in ("layer", "batch") else None
+        if self.prenorm and isinstance(norm, BatchNorm):
+            options["mean"], options["rstd"] = norm.statistics(moments)
         first, last = layers[0], layers[3]
         assert isinstance(first, nn.Linear)
         assert isinstance(last, nn.Linear)
-        return feed_forward(inputs, first.weight, first.bias, last.weight, last.bias, **options)
+        return feed_forward(x, first.weight, first.bias, last.weight, last.bias, **options)

@@ -1,6 +1,6 @@
 """The CHELA layer: short-long convolution and gated linear attention, fused by gates."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,8 +11,9 @@ from chela.layers.attention import AttentionNorm, GatedLinearAttention
 from chela.layers.long_kernel import KernelKind
 from chela.layers.short_long_conv import ShortLongConv, ShortLongState
 from chela.ops.dropout import draw_seed
-from chela.ops.gated_output import WIDEST, gated_output
+from chela.ops.gated_output import WIDEST, gated_output, gated_output_with_moments
 from chela.ops.impl import Impl, resolve
+from chela.ops.moments import Moments, channel_moments
 
 
 class LayerState(NamedTuple):
@@ -127,6 +128,38 @@ class ChelaLayer(nn.Module):
         Raises:
             ValueError: mask together with state, or what the ops refuse.
         """
+        options = {"state": state, "return_state": return_state, "cu_seqlens": cu_seqlens, "impl": impl}
+        y, after, _ = self._run(x, residual, mask, moments=False, **options)
+        return y, after
+
+    def with_moments(
+        self,
+        x: Float[Tensor, "b t d"],
+        *,
+        residual: Float[Tensor, "b t d"] | None = None,
+        mask: Bool[Tensor, "b t"] | None = None,
+        **options: Any,
+    ) -> tuple[Float[Tensor, "b t d"], LayerState | None, Moments]:
+        """Mix the sequence and give the moments of the output's channels, too, over real positions: for batch norm.
+
+        Arguments and errors are `forward`'s.
+        """
+        y, after, moments = self._run(x, residual, mask, moments=True, **options)
+        return y, after, channel_moments(y, mask) if moments is None else moments
+
+    def _run(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        *,
+        moments: bool,
+        state: LayerState | None = None,
+        return_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        impl: Impl = "auto",
+    ) -> tuple[Tensor, LayerState | None, Moments | None]:
+        """Output, state and, where the kernels add them up and they are asked for, moments."""
         before = state or LayerState(ShortLongState(None, None), None)
         z, convolution = self.convolution(
             x,
@@ -139,7 +172,7 @@ class ChelaLayer(nn.Module):
         residual = x if residual is None else residual
         if self.attention is None:
             h, p = self.gates(z).chunk(2, dim=-1)
-            return self._gate(h, p, residual), _state(convolution, None)
+            return self._gate(h, p, residual), _state(convolution, None), None
         # One product makes gate, h and p, and their gradients come back as one tensor; S has a product of its own.
         d_key, d_value = self.attention.widths
         basis, gates = self.attention.from_z, self.gates
@@ -155,32 +188,39 @@ class ChelaLayer(nn.Module):
             cu_seqlens=cu_seqlens,
             impl=impl,
         )
+        state = _state(convolution, attended)
         if self.d_model <= WIDEST and resolve(impl, x.device, "gated_output") == "triton":
-            y = self._gated_output(m, mixed, residual)
-        else:
-            gate, h, p = mixed.split([d_value, self.d_model, self.d_model], dim=-1)
-            y = self._gate(h + self.attention.finish(m, gate), p, residual)
-        return y, _state(convolution, attended)
+            return self._gated_output(m, mixed, residual, mask, state, moments)
+        gate, h, p = mixed.split([d_value, self.d_model, self.d_model], dim=-1)
+        return self._gate(h + self.attention.finish(m, gate), p, residual), state, None
 
     def _gate(self, h: Tensor, p: Tensor, residual: Tensor) -> Tensor:
         return residual + torch.sigmoid(p) * (self.dropout(F.silu(h)) - residual)
 
-    def _gated_output(self, m: Tensor, mixed: Tensor, residual: Tensor) -> Tensor:
+    def _gated_output(
+        self,
+        m: Tensor,
+        mixed: Tensor,
+        residual: Tensor,
+        mask: Tensor | None,
+        state: LayerState | None,
+        moments: bool,
+    ) -> tuple[Tensor, LayerState | None, Moments | None]:
         """Norm, gate and product of the attention and the gate over the residual, in one op."""
         assert self.attention is not None
         dropout = self.dropout.p if self.training else 0.0
-        return gated_output(
-            m,
-            mixed,
-            residual,
-            self.attention.out.weight,
-            self.attention.out.bias,
-            gain=self.attention.norm_gain,
-            heads=self.attention.heads,
-            dropout=dropout,
-            seed=draw_seed(dropout, m.device),
-            impl="triton",
-        )
+        inputs = m, mixed, residual, self.attention.out.weight, self.attention.out.bias
+        options: dict[str, Any] = {
+            "gain": self.attention.norm_gain,
+            "heads": self.attention.heads,
+            "dropout": dropout,
+            "seed": draw_seed(dropout, m.device),
+            "impl": "triton",
+        }
+        if moments:
+            y, of_y = gated_output_with_moments(*inputs, mask=mask, **options)
+            return y, state, of_y
+        return gated_output(*inputs, **options), state, None
 
 
 def _state(convolution: ShortLongState | None, attention: Tensor | None) -> LayerState | None:

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from chela.ops.moments import Moments, channel_moments
+
 NormKind = Literal["layer", "rms", "scale", "batch"]
 
 
@@ -66,20 +68,24 @@ class BatchNorm(nn.BatchNorm1d):
         """Normalise each channel over B and T."""
         if mask is None or not self.training:
             return super().forward(x.flatten(0, 1)).view_as(x)
+        mean, rstd = self.statistics(channel_moments(x, mask))
+        return ((x.to(mean.dtype) - mean) * rstd * self.weight + self.bias).to(x.dtype)
+
+    def statistics(self, moments: Moments | None) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
+        """Mean of each channel and inverse of its standard deviation: what x is normalised with.
+
+        Args:
+            moments: of x, while training; the running ones follow them. None takes the running ones.
+        """
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.momentum is not None
-        weight = mask.unsqueeze(-1).to(torch.float32)
-        count = weight.sum().clamp(min=1)
-        # Both sums in one reading, of values moved by one of them: their squares then cancel little. Not by the running
-        # mean: rounding would depend on it, and of several processes only the first one's is kept.
-        one = x[0, 0].detach().float()
-        moved = (x.float() - one) * weight
-        shift, square = moved.sum((0, 1)) / count, moved.square().sum((0, 1)) / count
-        mean, variance = one + shift, (square - shift.square()).clamp(min=0)
+        if moments is None:
+            return self.running_mean, torch.rsqrt(self.running_var + self.eps)
+        mean, variance, count = moments
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), self.momentum)
             if self.num_batches_tracked is not None:
                 self.num_batches_tracked += 1
-        return ((x.float() - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias).to(x.dtype)
+        return mean, torch.rsqrt(variance + self.eps)

@@ -135,8 +135,11 @@ def feed_forward_inputs(
     }
     if norm != "none":
         inputs["gain"] = 1 + 0.3 * draw(1 if norm == "scale" else d, seed=seed + 5, **parameter)
-    if norm == "layer":
+    if norm in ("layer", "batch"):
         inputs["shift"] = draw(d, seed=seed + 6, **parameter) * 0.3
+    if norm == "batch":
+        inputs["mean"] = draw(d, seed=seed + 8, **parameter)
+        inputs["rstd"] = torch.exp(0.3 * draw(d, seed=seed + 9, **parameter))
     if residual:
         inputs["residual"] = draw(*rows, d, seed=seed + 7, **options)
     return inputs

@@ -12,7 +12,15 @@ from chela.ops.feed_forward import reference
 from chela.ops.impl import Impl, resolve
 from chela.ops.precision import no_autocast
 
-Norm = Literal["layer", "rms", "scale", "none"]
+Norm = Literal["layer", "rms", "scale", "batch", "none"]
+
+NEEDS = {
+    "gain": ("layer", "rms", "scale", "batch"),
+    "shift": ("layer", "batch"),
+    "mean": ("batch",),
+    "rstd": ("batch",),
+}
+"""What a norm is given, and which norms."""
 
 
 def widest(dtype: torch.dtype) -> int:
@@ -35,6 +43,8 @@ def feed_forward(
     norm: Norm = "none",
     gain: Float[Tensor, " d_or_1"] | None = None,
     shift: Float[Tensor, " d"] | None = None,
+    mean: Float[Tensor, " d"] | None = None,
+    rstd: Float[Tensor, " d"] | None = None,
     residual: Float[Tensor, "... d"] | None = None,
     dropout: float = 0.0,
     seed: Int[Tensor, ""] | None = None,
@@ -42,11 +52,12 @@ def feed_forward(
 ) -> Float[Tensor, "... d"]:
     """Compute `residual + drop(W2 drop(silu(W1 norm(x) + b1)) + b2)` for every position.
 
-    The norm runs over D, with e the mean over D and sums in float32 (float64 for float64):
+    The norm, with e the mean over D and sums in float32 (float64 for float64):
 
         layer   (x - e[x]) / sqrt(e[(x - e[x])^2] + 1e-5) * gain + shift
         rms     x / sqrt(e[x^2] + 1e-6) * gain
         scale   the same with one gain for all channels
+        batch   (x - mean) rstd gain + shift, the statistics given, with gradients of their own
         none    x
 
     The products take their inputs in autocast's dtype where autocast is on for the device, otherwise in that of x,
@@ -59,9 +70,11 @@ def feed_forward(
         b1: its bias [F].
         w2: weight [D, F] of the second.
         b2: its bias [D].
-        norm: "layer", "rms", "scale", or "none" for an x that is normed already or not at all.
+        norm: "layer", "rms", "scale", "batch", or "none" for an x that is normed already or not at all.
         gain: [D] ("scale": [1]), with every norm but "none".
-        shift: [D], with norm "layer".
+        shift: [D], with norms "layer" and "batch".
+        mean: [D], with norm "batch".
+        rstd: [D], the inverse of the standard deviation, with norm "batch"; above 0.
         residual: what is added [..., D], in any floating dtype; x when left out.
         dropout: probability, at least 0 and below 1, rounded to a multiple of 2^-16.
         seed: int64 [] on the device of x, when `dropout` is not 0.
@@ -75,15 +88,15 @@ def feed_forward(
         ValueError: shapes, dtypes or devices do not fit; a norm without its parameters or with others; a dropout
             outside of its range or without a seed; the implementation cannot run here.
     """
-    _check(x, {"w1": w1, "b1": b1, "w2": w2, "b2": b2}, norm, gain, shift, residual)
+    vectors = {"gain": gain, "shift": shift, "mean": mean, "rstd": rstd}
+    _check(x, {"w1": w1, "b1": b1, "w2": w2, "b2": b2}, norm, vectors, residual)
     if threshold(dropout):
         check_seed(seed, "x", x)
     else:
         seed = None
     options: dict[str, Any] = {
         "norm": norm,
-        "gain": gain,
-        "shift": shift,
+        **vectors,
         "residual": x if residual is None else residual,
         "dropout": dropout,
         "seed": seed,
@@ -109,8 +122,7 @@ def _check(
     x: Tensor,
     weights: dict[str, Tensor],
     norm: str,
-    gain: Tensor | None,
-    shift: Tensor | None,
+    vectors: dict[str, Tensor | None],
     residual: Tensor | None,
 ) -> None:
     if x.dim() < 1:
@@ -124,13 +136,12 @@ def _check(
     check_shape("b1", weights["b1"], (f,), "[F]")
     check_shape("w2", weights["w2"], (d, f), "[D, F]")
     check_shape("b2", weights["b2"], (d,), "[D]")
-    for name, tensor, norms in (("gain", gain, ("layer", "rms", "scale")), ("shift", shift, ("layer",))):
-        if (tensor is not None) != (norm in norms):
+    for name, tensor in vectors.items():
+        if (tensor is not None) != (norm in NEEDS[name]):
             raise ValueError(f"norm {norm!r} {'needs' if tensor is None else 'takes no'} {name}")
-    if gain is not None:
-        check_shape("gain", gain, (1,) if norm == "scale" else (d,), "[1]" if norm == "scale" else "[D]")
-    if shift is not None:
-        check_shape("shift", shift, (d,), "[D]")
-    check_alike({"x": x}, weights | {"gain": gain, "shift": shift, "residual": residual})
+        if tensor is not None:
+            one = name == "gain" and norm == "scale"
+            check_shape(name, tensor, (1,) if one else (d,), "[1]" if one else "[D]")
+    check_alike({"x": x}, weights | vectors | {"residual": residual})
     if residual is not None:
         check_shape("residual", residual, tuple(x.shape), "[..., D]")

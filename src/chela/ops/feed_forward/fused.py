@@ -65,6 +65,8 @@ def feed_forward(
     norm: str,
     gain: Tensor | None,
     shift: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
     residual: Tensor | None,
     dropout: float,
     seed: Tensor | None,
@@ -83,20 +85,22 @@ def feed_forward(
             f"{x.shape[-1]}: use impl='reference'"
         )
     rate = dropout if seed is not None else 0.0
-    return torch.ops.chela.feed_forward.default(x, residual, w1, b1, w2, b2, gain, shift, seed, norm, rate, dtype)
+    parameters = w1, b1, w2, b2, gain, shift, mean, rstd
+    return torch.ops.chela.feed_forward.default(x, residual, *parameters, seed, norm, rate, dtype)
 
 
 # Registered by schema, not by torch.library.custom_op: that loads the compiler when the op is first called.
 _TAG = torch.Tag.pt2_compliant_tag
-_PARAMETERS = "Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor? gain, Tensor? shift, Tensor? seed"
+_PARAMETERS = (
+    "Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor? gain, Tensor? shift, Tensor? mean, Tensor? rstd, Tensor? seed"
+)
 _OPTIONS = "str norm, float dropout, ScalarType dtype"
 torch.library.define(
     "chela::feed_forward", f"(Tensor x, Tensor? residual, {_PARAMETERS}, {_OPTIONS}) -> Tensor", tags=_TAG
 )
 torch.library.define(
     "chela::feed_forward_backward",
-    f"(Tensor dy, Tensor x, bool own, {_PARAMETERS}, {_OPTIONS})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor dy, Tensor x, bool own, {_PARAMETERS}, {_OPTIONS}) -> ({', '.join(['Tensor'] * 9)})",
     tags=_TAG,
 )
 
@@ -165,12 +169,14 @@ def _forward(
     b2: Tensor,
     gain: Tensor | None,
     shift: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
     seed: Tensor | None,
     norm: str,
     dropout: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    out = _forward_shape(x, residual, w1, b1, w2, b2, gain, shift, seed, norm, dropout, dtype)
+    out = _forward_shape(x, residual, w1, b1, w2, b2, gain, shift, mean, rstd, seed, norm, dropout, dtype)
     if not out.numel():
         return out
     with torch.cuda.device_of(x):
@@ -179,8 +185,8 @@ def _forward(
         x = x.contiguous()
         programs = min(on.tiles(tile), on.programs) if on.stays else on.tiles(tile)
         grid(kernels.forward, programs)(
-            out, x, x if residual is None else residual.contiguous(), *on.weights, b2.contiguous(), on.drops[0],
-            on.rows, *on.drops[1:], STAY=on.stays, **on.norm, **on.sizes(tile),
+            out, x, x if residual is None else residual.contiguous(), *on.weights, b2.contiguous(),
+            dense(mean), dense(rstd), on.drops[0], on.rows, *on.drops[1:], STAY=on.stays, **on.norm, **on.sizes(tile),
         )  # fmt: skip
     return out
 
@@ -196,14 +202,16 @@ def _backward(
     b2: Tensor,
     gain: Tensor | None,
     shift: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
     seed: Tensor | None,
     norm: str,
     dropout: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    """Gradients of x (with the residual's if x is it), w1, b1, w2, b2, gain and shift, the last two empty for None."""
-    results = _backward_shapes(dy, x, own, w1, b1, w2, b2, gain, shift, seed, norm, dropout, dtype)
-    dx, dw1, db1, dw2, db2, dgain, dshift = results
+    """Gradients of x (with the residual's if x is it) and of all parameters, empty for None."""
+    results = _backward_shapes(dy, x, own, w1, b1, w2, b2, gain, shift, mean, rstd, seed, norm, dropout, dtype)
+    dx, dw1, db1, dw2, db2, dgain, dshift, dmean, drstd = results
     if not x.numel():
         return tuple(result.zero_() for result in results)
     with torch.cuda.device_of(x):
@@ -215,7 +223,7 @@ def _backward(
         )
         tile = on.plan.row_gradients
         grid(kernels_backward.row_gradients, on.tiles(tile))(
-            dx, xh, dz, dy, x, *on.weights, on.drops[0], on.rows, *on.drops[1:],
+            dx, xh, dz, dy, x, *on.weights, dense(mean), dense(rstd), on.drops[0], on.rows, *on.drops[1:],
             OWN=own, WRITE_XH=writes[0], WRITE_DZ=writes[1], **on.norm, **on.sizes(tile),
         )  # fmt: skip
         tile = on.plan.weight_gradients
@@ -228,8 +236,9 @@ def _backward(
         # One gain for all channels has the sum of theirs as its gradient.
         gains = dgain.new_empty(on.d, dtype=torch.float32) if norm == "scale" else dgain
         grid(kernels_backward.sum_parts, on.d)(
-            dw1, db1, dw2, db2, gains, dshift, parts, w1.contiguous(), dense(gain), dense(shift), splits,
-            D=on.d, F=on.f, PADDED=on.padded, BLOCK_D=on.block,
+            dw1, db1, dw2, db2, gains, dshift, dmean, drstd,
+            parts, w1.contiguous(), dense(gain), dense(shift), dense(rstd), splits,
+            D=on.d, F=on.f, PADDED=on.padded, BATCH=norm == "batch", BLOCK_D=on.block,
             BLOCK_F=power(on.f), BLOCK_S=max(SUM // power(on.f), 1), **on.gains,
         )  # fmt: skip
         if norm == "scale":
@@ -247,6 +256,8 @@ def _forward_shape(
     b2: Tensor,
     gain: Tensor | None,
     shift: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
     seed: Tensor | None,
     norm: str,
     dropout: float,
@@ -266,12 +277,14 @@ def _backward_shapes(
     b2: Tensor,
     gain: Tensor | None,
     shift: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
     seed: Tensor | None,
     norm: str,
     dropout: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    inputs = x, w1, b1, w2, b2, gain, shift
+    inputs = x, w1, b1, w2, b2, gain, shift, mean, rstd
     return tuple(x.new_empty(0) if like is None else like.new_empty(like.shape) for like in inputs)
 
 
@@ -282,13 +295,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, *parameters = ctx.saved_tensors
-    dx, *gradients, dgain, dshift = torch.ops.chela.feed_forward_backward.default(
-        dy, x, ctx.own, *parameters, ctx.norm, ctx.dropout, ctx.dtype
+    x, *parameters, seed = ctx.saved_tensors
+    dx, *gradients = torch.ops.chela.feed_forward_backward.default(
+        dy, x, ctx.own, *parameters, seed, ctx.norm, ctx.dropout, ctx.dtype
     )
-    gain, shift = parameters[4:6]
-    dgain, dshift = None if gain is None else dgain, None if shift is None else dshift
-    return dx, None if ctx.own else dy, *gradients, dgain, dshift, None, None, None, None
+    given = (None if like is None else gradient for like, gradient in zip(parameters, gradients, strict=True))
+    return dx, None if ctx.own else dy, *given, None, None, None, None
 
 
 torch.library.register_autograd("chela::feed_forward", _differentiate, setup_context=_save)

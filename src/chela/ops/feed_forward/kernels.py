@@ -61,17 +61,36 @@ def sigmoid(x):
 
 
 @triton.jit
-def normalise(x, inside, EPS: tl.constexpr, NORM: tl.constexpr, D: tl.constexpr):
-    """Rows after the norm and what they were multiplied by; x [M, BLOCK_D] float32, zero where not `inside`."""
-    rstd = tl.full([x.shape[0]], 1.0, tl.float32)
-    if NORM == "layer":
-        x -= (tl.sum(x, axis=1) / D)[:, None]
-        if x.shape[1] > D:
-            x = tl.where(inside, x, 0.0)
-    if NORM != "none":
-        rstd = tl.rsqrt(tl.sum(x * x, axis=1) / D + EPS)
-        x = x * rstd[:, None]
-    return x, rstd
+def statistics(mean_ptr, rstd_ptr, NORM: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Of batch norm, [BLOCK_D]; zeros with any other."""
+    d = tl.arange(0, BLOCK_D)
+    mean, rstd = tl.zeros([BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
+    if NORM == "batch":
+        mean = tl.load(mean_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    return mean, rstd
+
+
+@triton.jit
+def normalise(x, inside, of_batch, EPS: tl.constexpr, NORM: tl.constexpr, D: tl.constexpr):
+    """Rows after the norm and what they were multiplied by, [M, 1] or [1, BLOCK_D].
+
+    x [M, BLOCK_D] is float32 and zero where not `inside`; `of_batch` are `statistics`. Rows beyond the end come out of
+    batch norm as they may: nobody reads them.
+    """
+    if NORM == "batch":
+        mean, rstd = of_batch
+        factor = rstd[None, :]
+        x -= mean[None, :]
+    elif NORM == "none":
+        factor = tl.full([1, 1], 1.0, tl.float32)
+    else:
+        if NORM == "layer":
+            x -= (tl.sum(x, axis=1) / D)[:, None]
+            if x.shape[1] > D:
+                x = tl.where(inside, x, 0.0)
+        factor = tl.rsqrt(tl.sum(x * x, axis=1) / D + EPS)[:, None]
+    return x * factor, factor
 
 
 @triton.jit
@@ -126,6 +145,8 @@ def forward(
     b1_ptr,  # folded
     w2_ptr,  # folded
     b2_ptr,  # [D]
+    mean_ptr,  # [D], of batch norm
+    rstd_ptr,  # [D]
     seed_ptr,  # []
     rows,
     threshold,
@@ -147,9 +168,10 @@ def forward(
     b2 = tl.load(b2_ptr + d, mask=d < D, other=0.0).to(tl.float32)
     if STAY:
         slices = all_slices(w1_ptr, w2_ptr, F, BLOCK_F, BLOCK_D)
+    of_batch = statistics(mean_ptr, rstd_ptr, NORM, D, BLOCK_D)
     tile = tl.program_id(0)
     row, at, inside = rows_of(tile, rows, BLOCK_M, BLOCK_D, D)
-    xh, _ = normalise(tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32), inside, EPS, NORM, D)
+    xh, _ = normalise(tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32), inside, of_batch, EPS, NORM, D)
     xh = xh.to(dtype)
     # A tile is loaded while the one before it is computed.
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0), num_stages=1):
@@ -167,5 +189,5 @@ def forward(
         acc = dropped(acc + b2[None, :], seed_ptr, row, 0, threshold, scale, 1, DROP)
         residual = tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(out_ptr + at, (residual + acc).to(out_ptr.dtype.element_ty), mask=inside)
-        xh, _ = normalise(next_x.to(tl.float32), next_inside, EPS, NORM, D)
+        xh, _ = normalise(next_x.to(tl.float32), next_inside, of_batch, EPS, NORM, D)
         xh = xh.to(dtype)

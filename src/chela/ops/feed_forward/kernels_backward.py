@@ -4,6 +4,10 @@
     dx = rstd (dxh - mean(dxh) - xh mean(dxh xh)) [+ dy]              without the first mean if the norm is not centred
     G = xh' dh,  dW2 = dz' a                dW1 = gain G' + db1 shift'      dgain = sum_f W1 G'      dshift = W1' db1
 
+and for batch norm, whose statistics are given,
+
+    dx = rstd dxh [+ dy]                    dmean = -rstd gain dshift       drstd = gain dgain / rstd
+
 One kernel gives dx, xh and dz, and one the weights' gradients from the latter two: it walks with a slice of F over a
 share of the rows and keeps its part of G and dW2 in registers. Both recompute h and da, which costs less than the
 memory traffic of anything F wide.
@@ -13,7 +17,7 @@ import triton
 import triton.language as tl
 
 from chela.ops.dropout_kernels import keep
-from chela.ops.feed_forward.kernels import dropped, normalise, rows_of, sigmoid, slice_of
+from chela.ops.feed_forward.kernels import dropped, normalise, rows_of, sigmoid, slice_of, statistics
 
 
 @triton.jit
@@ -43,6 +47,8 @@ def row_gradients(
     w1_ptr,  # folded
     b1_ptr,  # folded
     w2_ptr,  # folded
+    mean_ptr,  # [D], of batch norm
+    rstd_ptr,  # [D]
     seed_ptr,  # []
     rows,
     threshold,
@@ -65,7 +71,8 @@ def row_gradients(
     row, at, inside = rows_of(tile, rows, BLOCK_M, BLOCK_D, D)
     if WRITE_XH:
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        xh, rstd = normalise(x, inside, EPS, NORM, D)
+        of_batch = statistics(mean_ptr, rstd_ptr, NORM, D, BLOCK_D)
+        xh, rstd = normalise(x, inside, of_batch, EPS, NORM, D)
         tl.store(xh_ptr + at, xh.to(xh_ptr.dtype.element_ty), mask=inside)
     if WRITE_DZ:
         dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -80,12 +87,13 @@ def row_gradients(
         dh, _ = _hidden(xh_tile, dz_tile, weights, b1_ptr, seed_ptr, row, first, threshold, scale, DROP)
         dxh = tl.dot(dh.to(xh_tile.dtype), weights[0], dxh, input_precision="tf32x3")
     dx = dxh
-    if NORM != "none":
+    if (NORM != "none") & (NORM != "batch"):
         xh = tl.load(xh_ptr + at, mask=inside, other=0.0).to(tl.float32)
         dx -= xh * (tl.sum(dxh * xh, axis=1) / D)[:, None]
         if NORM == "layer":
             dx -= (tl.sum(dxh, axis=1) / D)[:, None]
-        dx *= rstd[:, None]
+    if NORM != "none":
+        dx *= rstd
     if OWN:
         dx += tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
@@ -150,10 +158,13 @@ def sum_parts(
     db2_ptr,  # [D]
     dgain_ptr,  # [D]
     dshift_ptr,  # [D]
+    dmean_ptr,  # [D]
+    drstd_ptr,  # [D]
     parts_ptr,  # as `weight_gradients` left them, F padded
     w1_ptr,  # [F, D]
     gain_ptr,  # [D], or [1] and GAIN_STEP = 0
     shift_ptr,  # [D]
+    rstd_ptr,  # [D]
     splits,
     D: tl.constexpr,
     F: tl.constexpr,
@@ -161,6 +172,7 @@ def sum_parts(
     GAIN: tl.constexpr,
     GAIN_STEP: tl.constexpr,
     SHIFT: tl.constexpr,
+    BATCH: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_F: tl.constexpr,
@@ -190,9 +202,16 @@ def sum_parts(
     dw1 = g
     if GAIN:
         w1 = tl.load(w1_ptr + f * D + d, mask=f < F, other=0.0).to(tl.float32)
-        dw1 *= tl.load(gain_ptr + d * GAIN_STEP).to(tl.float32)
-        tl.store(dgain_ptr + d, tl.sum(w1 * g, axis=0))
+        gain = tl.load(gain_ptr + d * GAIN_STEP).to(tl.float32)
+        dw1 *= gain
+        dgain = tl.sum(w1 * g, axis=0)
+        tl.store(dgain_ptr + d, dgain)
         if SHIFT:
             dw1 += db1 * tl.load(shift_ptr + d).to(tl.float32)
-            tl.store(dshift_ptr + d, tl.sum(w1 * db1, axis=0).to(dshift_ptr.dtype.element_ty))
+            dshift = tl.sum(w1 * db1, axis=0)
+            tl.store(dshift_ptr + d, dshift.to(dshift_ptr.dtype.element_ty))
+            if BATCH:
+                rstd = tl.load(rstd_ptr + d).to(tl.float32)
+                tl.store(dmean_ptr + d, (-rstd * gain * dshift).to(dmean_ptr.dtype.element_ty))
+                tl.store(drstd_ptr + d, (gain * dgain / rstd).to(drstd_ptr.dtype.element_ty))
     tl.store(dw1_ptr + f * D + d, dw1.to(dw1_ptr.dtype.element_ty), mask=f < F)

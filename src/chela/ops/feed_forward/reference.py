@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from chela.ops.dropout import dropout as drop
 from chela.ops.precision import wide_dtype
 
-EPS = {"layer": 1e-5, "rms": 1e-6, "scale": 1e-6, "none": 0.0}
-"""What each norm adds to the mean square."""
+EPS = {"layer": 1e-5, "rms": 1e-6, "scale": 1e-6, "batch": 0.0, "none": 0.0}
+"""What each norm adds to the mean square; of "batch" it is in the statistics."""
 
 
 def feed_forward(
@@ -22,13 +22,15 @@ def feed_forward(
     norm: str,
     gain: Tensor | None,
     shift: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
     residual: Float[Tensor, "... d"],
     dropout: float,
     seed: Tensor | None,
     dtype: torch.dtype,
 ) -> Float[Tensor, "... d"]:
     """Run it; arguments as in `chela.ops.feed_forward`, already checked; `dtype` is what the products take."""
-    h = normalise(x, norm, gain, shift).to(dtype)
+    h = normalise(x, norm, gain, shift, mean, rstd).to(dtype)
     h = F.silu(F.linear(h, w1.to(dtype), b1.to(dtype)))
     if seed is not None:
         h = drop(h, seed, dropout, stream=0)
@@ -39,15 +41,23 @@ def feed_forward(
 
 
 def normalise(
-    x: Float[Tensor, "... d"], norm: str, gain: Tensor | None, shift: Tensor | None
+    x: Float[Tensor, "... d"],
+    norm: str,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
 ) -> Float[Tensor, "... d"]:
-    """Normalise every position over D; all but "none" in the dtype of sums."""
+    """Normalise every position over D, or with given statistics; all but "none" in the dtype of sums."""
     if norm == "none":
         return x
     wide = x.to(wide_dtype(x.dtype))
     if norm == "layer":
         wide = wide - wide.mean(-1, keepdim=True)
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS[norm])
+    if mean is not None and rstd is not None:
+        wide = (wide - mean.to(wide.dtype)) * rstd.to(wide.dtype)
+    else:
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS[norm])
     if gain is not None:
         wide = wide * gain.to(wide.dtype)
     return wide if shift is None else wide + shift.to(wide.dtype)

@@ -1,12 +1,16 @@
 """The end of a CHELA layer: attention's norm and gate, its product, SiLU, dropout, and the gate over the residual."""
 
-from jaxtyping import Float, Int
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from chela.ops.checks import check_alike, check_shape
 from chela.ops.dropout import check_seed, threshold
 from chela.ops.gated_output import reference
 from chela.ops.impl import Impl, resolve
+from chela.ops.moments import Moments
 from chela.ops.precision import no_autocast
 
 WIDEST = 256
@@ -62,20 +66,80 @@ def gated_output(
         ValueError: shapes, dtypes or devices do not fit; a dropout outside of its range or without a seed; the
             implementation cannot run here.
     """
-    _check(m, mixed, residual, weight, {"bias": bias, "gain": gain}, heads)
-    if threshold(dropout):
+    options = {"gain": gain, "heads": heads, "dropout": dropout, "seed": seed, "impl": impl}
+    return _run(m, mixed, residual, weight, bias, mask=None, moments=False, **options)[0]
+
+
+def gated_output_with_moments(
+    m: Float[Tensor, "... v"],
+    mixed: Float[Tensor, "... v_plus_2d"],
+    residual: Float[Tensor, "... d"],
+    weight: Float[Tensor, "d v"],
+    bias: Float[Tensor, " d"] | None = None,
+    *,
+    mask: Bool[Tensor, "..."] | None = None,
+    gain: Float[Tensor, " v"] | None = None,
+    heads: int = 1,
+    dropout: float = 0.0,
+    seed: Int[Tensor, ""] | None = None,
+    impl: Impl = "auto",
+) -> tuple[Float[Tensor, "... d"], Moments]:
+    """`gated_output` and what a batch norm of its output needs: the kernel that writes the output adds it up.
+
+    Args:
+        m: as in `gated_output`.
+        mixed: likewise.
+        residual: likewise.
+        weight: likewise.
+        bias: likewise.
+        mask: bool [...], True at positions that count for the moments; None for all.
+        gain: as in `gated_output`.
+        heads: likewise.
+        dropout: likewise.
+        seed: likewise.
+        impl: likewise.
+
+    Returns:
+        The output [..., D], and mean and variance [D] of its channels with the number of positions [], in the dtype of
+        sums. Gradients flow through mean and variance.
+
+    Raises:
+        ValueError: as `gated_output`, or the mask is not bool [...] on the device of m.
+    """
+    rows = m.shape[:-1]
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != rows or mask.device != m.device):
+        got = f"{mask.dtype} {list(mask.shape)} on {mask.device}"
+        raise ValueError(f"mask must be bool [...] = {list(rows)} on the device of m, {m.device}; got {got}")
+    options = {"gain": gain, "heads": heads, "dropout": dropout, "seed": seed, "impl": impl}
+    y, moments = _run(m, mixed, residual, weight, bias, mask=mask, moments=True, **options)
+    assert moments is not None
+    return y, moments
+
+
+def _run(
+    m: Tensor,
+    mixed: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    seed: Tensor | None,
+    impl: Impl,
+    **options: Any,
+) -> tuple[Tensor, Moments | None]:
+    _check(m, mixed, residual, weight, {"bias": bias, "gain": options["gain"]}, options["heads"])
+    if threshold(options["dropout"]):
         check_seed(seed, "m", m)
     else:
         seed = None
-    options = {"gain": gain, "heads": heads, "dropout": dropout, "seed": seed}
     if impl == "auto" and weight.shape[0] > WIDEST:
         impl = "reference"
     if resolve(impl, m.device, "gated_output") == "triton":
         from chela.ops.gated_output import fused
 
-        return fused.gated_output(m, mixed, residual, weight, bias, **options)
+        return fused.gated_output(m, mixed, residual, weight, bias, seed=seed, **options)
     with no_autocast(m.device):
-        return reference.gated_output(m, mixed, residual, weight, bias, **options)
+        return reference.gated_output(m, mixed, residual, weight, bias, seed=seed, **options)
 
 
 def _check(

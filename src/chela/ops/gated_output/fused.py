@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from chela.ops.dropout import scale, threshold
-from chela.ops.gated_output import WIDEST, kernels, weight_kernels
+from chela.ops.gated_output import WIDEST, kernels, moment_kernels, weight_kernels
 from chela.ops.gated_output.reference import EPS, STREAM
 from chela.ops.launch import ceil, dense, grid, no_second_derivative, power
+from chela.ops.moments import Moments
 
 
 class Tile(NamedTuple):
@@ -68,8 +69,10 @@ def gated_output(
     heads: int,
     dropout: float,
     seed: Tensor | None,
-) -> Tensor:
-    """Run the kernels; arguments as in `chela.ops.gated_output`, already checked.
+    mask: Tensor | None,
+    moments: bool,
+) -> tuple[Tensor, Moments | None]:
+    """Run the kernels; arguments as in `chela.ops.gated_output`, already checked. Moments are computed if asked for.
 
     Raises:
         ValueError: float64, or rows wider than the kernels take.
@@ -84,19 +87,24 @@ def gated_output(
     leaves = (m, mixed, residual, weight, bias, gain)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
     rate = dropout if seed is not None else 0.0
-    return torch.ops.chela.gated_output.default(*leaves, seed, heads, rate, keep)[0]
+    y, of_y, *_ = torch.ops.chela.gated_output.default(*leaves, mask, seed, heads, rate, moments, keep)
+    return y, Moments(of_y[0], of_y[1], of_y[2, 0].detach()) if moments else None
 
 
 # Registered by schema, not by torch.library.custom_op: that loads the compiler when the op is first called.
 _TAG = torch.Tag.pt2_compliant_tag
-_INPUTS = "Tensor m, Tensor mixed, Tensor residual, Tensor weight, Tensor? bias, Tensor? gain, Tensor? seed"
+_INPUTS = (
+    "Tensor m, Tensor mixed, Tensor residual, Tensor weight, Tensor? bias, Tensor? gain, Tensor? mask, Tensor? seed"
+)
 _OPTIONS = "int heads, float dropout"
 torch.library.define(
-    "chela::gated_output", f"({_INPUTS}, {_OPTIONS}, bool keep) -> (Tensor, Tensor, Tensor)", tags=_TAG
+    "chela::gated_output",
+    f"({_INPUTS}, {_OPTIONS}, bool moments, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAG,
 )
 torch.library.define(
     "chela::gated_output_backward",
-    f"(Tensor dy, Tensor pre, Tensor folded, {_INPUTS}, {_OPTIONS})"
+    f"(Tensor dy, Tensor? dmoments, Tensor moments, Tensor pre, Tensor folded, {_INPUTS}, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_TAG,
 )
@@ -136,15 +144,21 @@ def _forward(
     weight: Tensor,
     bias: Tensor | None,
     gain: Tensor | None,
+    mask: Tensor | None,
     seed: Tensor | None,
     heads: int,
     dropout: float,
+    moments: bool,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output and, for the backward pass, what SiLU is taken of and the folded weight, empty without `keep`."""
-    out, pre, folded = _forward_shapes(m, mixed, residual, weight, bias, gain, seed, heads, dropout, keep)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output, its moments [3, D] and, for the backward pass, what SiLU is taken of and the folded weight.
+
+    Moments are mean, variance and number of positions, empty if not asked for; so are the last two without `keep`.
+    """
+    results = _forward_shapes(m, mixed, residual, weight, bias, gain, mask, seed, heads, dropout, moments, keep)
+    out, of_out, pre, folded = results
     if not m.numel():
-        return out, pre, folded
+        return out, of_out.copy_(of_out.new_tensor([0.0, 0.0, 1.0])[:, None]) if moments else of_out, pre, folded
     on = _Sizes(m, weight, heads)
     if not keep:
         folded = m.new_empty(weight.shape)
@@ -154,17 +168,26 @@ def _forward(
         )
         tile = on.plan.forward
         m, mixed, residual = _rows(m), _rows(mixed), _rows(residual)
-        grid(kernels.forward, ceil(on.n, tile.rows))(
-            out, pre, m, mixed, residual, folded, dense(bias), seed,
+        programs = ceil(on.n, tile.rows)
+        parts = of_out.new_empty(programs, 3, on.d) if moments else of_out
+        grid(kernels.forward, programs)(
+            out, pre, parts, m, mixed, residual, folded, dense(bias), dense(mask), seed,
             on.n, m.stride(0), mixed.stride(0), residual.stride(0), threshold(dropout), scale(dropout),
-            NORM=gain is not None, BIAS=bias is not None, DROPS=seed is not None, KEEP=keep, **on.constants(tile),
+            NORM=gain is not None, BIAS=bias is not None, DROPS=seed is not None, KEEP=keep,
+            MOMENTS=moments, MASKED=mask is not None, **on.constants(tile),
         )  # fmt: skip
-    return out, pre, folded if keep else m.new_empty(0)
+        if moments:
+            grid(moment_kernels.merge, ceil(on.d, COLUMNS))(
+                of_out, parts, programs, D=on.d, BLOCK=SUM // (2 * COLUMNS), COLUMNS=COLUMNS, num_warps=8
+            )
+    return out, of_out, pre, folded if keep else m.new_empty(0)
 
 
 @torch.library.impl("chela::gated_output_backward", "default")
 def _backward(
     dy: Tensor,
+    dmoments: Tensor | None,
+    moments: Tensor,
     pre: Tensor,
     folded: Tensor,
     m: Tensor,
@@ -173,12 +196,15 @@ def _backward(
     weight: Tensor,
     bias: Tensor | None,
     gain: Tensor | None,
+    mask: Tensor | None,
     seed: Tensor | None,
     heads: int,
     dropout: float,
 ) -> tuple[Tensor, ...]:
     """Gradients of m, mixed, residual, weight, bias and gain, the last two empty for None."""
-    results = _backward_shapes(dy, pre, folded, m, mixed, residual, weight, bias, gain, seed, heads, dropout)
+    results = _backward_shapes(
+        dy, dmoments, moments, pre, folded, m, mixed, residual, weight, bias, gain, mask, seed, heads, dropout
+    )
     dm, dmixed, dresidual, dweight, dbias, dgain = results
     if not m.numel():
         return tuple(result.zero_() for result in results)
@@ -190,9 +216,11 @@ def _backward(
     with torch.cuda.device_of(m):
         dy, m, mixed, residual = _rows(dy), _rows(m), _rows(mixed), _rows(residual)
         grid(kernels.backward, programs)(
-            dm, dmixed, dresidual, u, bias_partial, dy, pre.contiguous(), m, mixed, residual, folded, seed,
+            dm, dmixed, dresidual, u, bias_partial, dy, dense(dmoments), moments.contiguous(),
+            pre.contiguous(), m, mixed, residual, folded, dense(mask), seed,
             on.n, dy.stride(0), m.stride(0), mixed.stride(0), residual.stride(0), threshold(dropout), scale(dropout),
-            NORM=gain is not None, DROPS=seed is not None, **on.constants(tile),
+            NORM=gain is not None, DROPS=seed is not None,
+            MOMENTS=dmoments is not None, MASKED=mask is not None, **on.constants(tile),
         )  # fmt: skip
         tile = on.plan.weight
         share = ceil(ceil(on.n, SHARES), tile.rows) * tile.rows
@@ -220,18 +248,23 @@ def _forward_shapes(
     weight: Tensor,
     bias: Tensor | None,
     gain: Tensor | None,
+    mask: Tensor | None,
     seed: Tensor | None,
     heads: int,
     dropout: float,
+    moments: bool,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    pre = m.new_empty(residual.shape if keep else (0,))
-    return residual.new_empty(residual.shape), pre, m.new_empty(weight.shape if keep else (0,))
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    of_out = m.new_empty((3, weight.shape[0]) if moments else (0,), dtype=torch.float32)
+    pre, folded = (m.new_empty(like.shape if keep else (0,)) for like in (residual, weight))
+    return residual.new_empty(residual.shape), of_out, pre, folded
 
 
 @torch.library.register_fake("chela::gated_output_backward")
 def _backward_shapes(
     dy: Tensor,
+    dmoments: Tensor | None,
+    moments: Tensor,
     pre: Tensor,
     folded: Tensor,
     m: Tensor,
@@ -240,6 +273,7 @@ def _backward_shapes(
     weight: Tensor,
     bias: Tensor | None,
     gain: Tensor | None,
+    mask: Tensor | None,
     seed: Tensor | None,
     heads: int,
     dropout: float,
@@ -248,19 +282,26 @@ def _backward_shapes(
     return tuple(m.new_empty(0) if like is None else like.new_empty(like.shape) for like in inputs)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, ctx.heads, ctx.dropout, _ = inputs
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.heads, ctx.dropout, ctx.moments, _ = inputs
     ctx.save_for_backward(*output[1:], *tensors)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    pre, folded, *inputs = ctx.saved_tensors
-    if dy is None:
-        return (None,) * (len(inputs) + 3)
-    gradients = torch.ops.chela.gated_output_backward.default(dy, pre, folded, *inputs, ctx.heads, ctx.dropout)
-    given = (None if like is None else gradient for like, gradient in zip(inputs[:-1], gradients, strict=True))
-    return *given, None, None, None, None
+def _differentiate(
+    ctx: Any, dy: Tensor | None, dmoments: Tensor | None, *_: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    *kept, m, mixed, residual, weight, bias, gain, mask, seed = ctx.saved_tensors
+    leaves = m, mixed, residual, weight, bias, gain
+    dmoments = dmoments if ctx.moments else None
+    if dy is None and dmoments is None:
+        return (None,) * (len(leaves) + 6)
+    dy = torch.zeros_like(residual) if dy is None else dy
+    gradients = torch.ops.chela.gated_output_backward.default(
+        dy, dmoments, *kept, *leaves, mask, seed, ctx.heads, ctx.dropout
+    )
+    given = (None if like is None else gradient for like, gradient in zip(leaves, gradients, strict=True))
+    return *given, None, None, None, None, None, None
 
 
 torch.library.register_autograd("chela::gated_output", _differentiate, setup_context=_save)

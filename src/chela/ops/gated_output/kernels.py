@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from chela.ops.dropout_kernels import keep
+from chela.ops.gated_output.moment_kernels import add_up, counted, of_moments
 
 
 @triton.jit
@@ -37,11 +38,13 @@ def _weight(weight_ptr, column, D: tl.constexpr, HV: tl.constexpr, V: tl.constex
 def forward(
     y_ptr,  # [N, D]
     pre_ptr,  # [N, D]: h + u W^T + b, kept for the backward pass
+    parts_ptr,  # [programs, 3, D] float32: each program's share of the output's moments
     m_ptr,  # [N, V], rows m_row apart
     mixed_ptr,  # [N, V + 2D], rows mixed_row apart: gate, h, p
     residual_ptr,  # [N, D], rows residual_row apart
     weight_ptr,  # [D, V], folded
     bias_ptr,  # [D]
+    mask_ptr,  # [N], which rows count for the moments
     seed_ptr,  # []
     n,
     m_row,
@@ -61,6 +64,8 @@ def forward(
     BIAS: tl.constexpr,
     DROPS: tl.constexpr,
     KEEP: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    MASKED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Output: residual + sigmoid(p) (dropout(silu(h + u W^T + b)) - residual)."""
@@ -103,8 +108,11 @@ def forward(
     a = pre * tl.sigmoid(pre)
     if DROPS:
         a = tl.where(keep(tl.load(seed_ptr), row, 0, threshold, STREAM, BD), a * scale, 0.0)
-    y = residual + tl.sigmoid(p) * (a - residual)
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=narrow)
+    y = (residual + tl.sigmoid(p) * (a - residual)).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + at, y, mask=narrow)
+    if MOMENTS:
+        counts = counted(mask_ptr, row, n, MASKED)
+        add_up(parts_ptr + tl.program_id(0).to(tl.int64) * (3 * D), y.to(tl.float32), counts, D, BD)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -115,11 +123,14 @@ def backward(
     u_ptr,  # [N, V]
     partial_ptr,  # [programs, D] float32: each program's share of the bias's gradient
     dy_ptr,  # [N, D], rows dy_row apart
+    dmoments_ptr,  # [2 or more, D] float32: gradients of mean and variance of the output
+    moments_ptr,  # [3, D] float32
     pre_ptr,  # [N, D]
     m_ptr,  # [N, V], rows m_row apart
     mixed_ptr,  # [N, V + 2D], rows mixed_row apart
     residual_ptr,  # [N, D], rows residual_row apart
     weight_ptr,  # [D, V], folded
+    mask_ptr,  # [N]
     seed_ptr,  # []
     n,
     dy_row,
@@ -138,6 +149,8 @@ def backward(
     STREAM: tl.constexpr,
     NORM: tl.constexpr,
     DROPS: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    MASKED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Gradients of m, mixed and residual; u for the weight's gradient, and the bias's shares."""
@@ -157,15 +170,20 @@ def backward(
     p = tl.load(mixed_rows + (V + D + d)[None, :], mask=narrow, other=0.0).to(tl.float32)
     pre = tl.load(pre_ptr + at, mask=narrow, other=0.0).to(tl.float32)
     residual = tl.load(residual_ptr + (row * residual_row)[:, None] + d[None, :], mask=narrow, other=0.0)
+    residual = residual.to(tl.float32)
     mix, open_pre = tl.sigmoid(p), tl.sigmoid(pre)
-    tl.store(dresidual_ptr + at, (dy * (1 - mix)).to(dresidual_ptr.dtype.element_ty), mask=narrow)
     a = pre * open_pre
-    dpre = dy * mix * open_pre * (1 + pre * (1 - open_pre))
     if DROPS:
         kept = keep(tl.load(seed_ptr), row, 0, threshold, STREAM, BD)
         a = tl.where(kept, a * scale, 0.0)
+    if MOMENTS:
+        y = residual + mix * (a - residual)
+        dy += of_moments(dmoments_ptr, moments_ptr, y, counted(mask_ptr, row, n, MASKED), D, BD)
+    tl.store(dresidual_ptr + at, (dy * (1 - mix)).to(dresidual_ptr.dtype.element_ty), mask=narrow)
+    dpre = dy * mix * open_pre * (1 + pre * (1 - open_pre))
+    if DROPS:
         dpre = tl.where(kept, dpre * scale, 0.0)
-    dp = dy * (a - residual.to(tl.float32)) * mix * (1 - mix)
+    dp = dy * (a - residual) * mix * (1 - mix)
     tl.store(dmixed_rows + (V + D + d)[None, :], dp.to(dtype), mask=narrow)
     tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * D + d, tl.sum(dpre, axis=0), mask=d < D)
     dpre = dpre.to(dtype)

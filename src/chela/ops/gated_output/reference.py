@@ -1,11 +1,12 @@
 """The gated output in plain torch: its definition, one line after the other."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from chela.ops.dropout import dropout as drop
+from chela.ops.moments import Moments, channel_moments
 from chela.ops.precision import wide_dtype
 
 EPS = 1e-6
@@ -25,8 +26,10 @@ def gated_output(
     heads: int,
     dropout: float,
     seed: Int[Tensor, ""] | None,
-) -> Float[Tensor, "... d"]:
-    """Run it; arguments as in `chela.ops.gated_output`, already checked.
+    mask: Bool[Tensor, "..."] | None,
+    moments: bool,
+) -> tuple[Float[Tensor, "... d"], Moments | None]:
+    """Run it; arguments as in `chela.ops.gated_output`, already checked. Moments are computed if asked for.
 
     The product takes its inputs in the dtype of `mixed`; all else is in that of sums.
     """
@@ -46,4 +49,5 @@ def gated_output(
     if seed is not None:
         a = drop(a, seed, dropout, stream=STREAM)
     before = residual.to(wide)
-    return (before + torch.sigmoid(p) * (a - before)).to(residual.dtype)
+    y = (before + torch.sigmoid(p) * (a - before)).to(residual.dtype)
+    return y, channel_moments(y, mask) if moments else None
