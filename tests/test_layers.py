@@ -309,9 +309,8 @@ def test_a_batch_norm_folded_into_kernels_counts_its_running_statistics():
         x = 3 + draw(2, 20, 16, seed=step)
         for block, impl in zip(blocks, ("triton", "reference"), strict=True):
             block(x, mask=mask if step else None, impl=impl)
-    folded: Any
-    plain: Any
-    folded, plain = (block.feed_forward_norm for block in blocks)
+    norms: list[Any] = [block.feed_forward_norm for block in blocks]
+    folded, plain = norms
     assert folded.num_batches_tracked == plain.num_batches_tracked == 3
     torch.testing.assert_close(folded.running_mean, plain.running_mean, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(folded.running_var, plain.running_var, rtol=1e-5, atol=1e-5)
