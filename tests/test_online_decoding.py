@@ -82,6 +82,6 @@ def test_generation_is_online_once_merged_and_gives_the_same_tokens(monkeypatch)
     model.merge()
     made = []
     online = CausalLM.online
-    monkeypatch.setattr(CausalLM, "online", lambda self, state: made.append(1) or online(self, state))
+    monkeypatch.setattr(CausalLM, "online", lambda self, state, **room: made.append(1) or online(self, state, **room))
     assert torch.equal(torch.stack([*generate(model, prompts, 150, seed=3)]), plain)
     assert made

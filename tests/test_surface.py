@@ -69,7 +69,9 @@ OPTIONS = {
         " --train.chance-after --train.device --train.dtype --train.compile --train.deterministic"
     ),
     "eval": "--split --data.root --batch-size --device",
-    "generate": ("--prompt --max-new-tokens --temperature --top-k --top-p --repetition-penalty --stop --seed --device"),
+    "generate": (
+        "--prompt --max-new-tokens --temperature --top-k --top-p --repetition-penalty --stop --seed --device --dtype"
+    ),
     "data": (
         "--root --encoding --vocab --packed --rate --max-length --min-length --examples --distractors --seed --show"
     ),

@@ -100,6 +100,7 @@ def generate(
     stop: tuple[str, ...] = (),
     seed: int = 0,
     device: Device = "auto",
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
 ) -> None:
     """Continue a prompt with the language model of a run.
 
@@ -114,6 +115,8 @@ def generate(
         stop: End before the first of these strings.
         seed: The same seed gives the same text.
         device: Where to compute; auto takes the GPU when there is one.
+        dtype: Type of the matrix products; auto is the run's own (train.dtype), which when auto too is bfloat16 on a
+            GPU, float32 on a CPU.
     """
     from chela.evaluation.generate import generate_run
 
@@ -128,6 +131,7 @@ def generate(
         stop=stop,
         seed=seed,
         device=device,
+        dtype=dtype,
         write=lambda text: print(text, end="", flush=True),
     )
     print(f"\n{written.tokens} tokens, {written.tokens_per_second:,.0f} a second", file=sys.stderr)

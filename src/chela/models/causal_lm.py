@@ -134,12 +134,16 @@ class CausalLM(nn.Module):
         logits, after = self.prefill(token.unsqueeze(1), state=state, impl=impl)
         return logits.squeeze(1), after
 
-    def online(self, state: ChelaState) -> ChelaState:
+    def online(self, state: ChelaState, *, room: int = 0) -> ChelaState:
         """Make a state ready for many steps, whose cost then hardly grows with the context; for a merged model.
 
         The numbers stay the same to rounding. Reading more than one token on such a state is fine and gives a plain
         one. No gradients flow through it: step under `torch.no_grad()` or `torch.inference_mode()`. A Transformer's
         cost grows with the context all the same; its keys and values are then written in place.
+
+        Args:
+            state: of `prefill` or `step`.
+            room: steps that a Transformer's keys and values have room for before it doubles; 0 doubles it at once.
 
         Raises:
             ValueError: the model is not merged, or the state is of another model.
@@ -149,7 +153,7 @@ class CausalLM(nn.Module):
         layers: list[LayerState | KeyValues] = []
         for block, layer in zip(self.backbone.blocks, state.layers, strict=True):
             if isinstance(layer, KeyValues):
-                layers.append(with_room(layer))
+                layers.append(with_room(layer, room))
                 continue
             assert isinstance(block, ChelaBlock)
             layers.append(layer._replace(convolution=block.layer.convolution.online(layer.convolution)))

@@ -72,7 +72,8 @@ class RotaryAttention(nn.Module):
             after = _append(state, k, v)
             k, v = after.keys[:, : after.length], after.values[:, : after.length]
         elif return_state:
-            after = KeyValues(k, v, None if mask is None else mask.int().argmax(1), k.shape[1])
+            # values of their own: a view would keep all of q, k, v in memory
+            after = KeyValues(k, v.contiguous(), None if mask is None else mask.int().argmax(1), k.shape[1])
         begins = None if state is None else state.begins
         one = past > 0 and x.shape[1] == 1  # a single query sees all keys
         plain = mask is None and cu_seqlens is None and begins is None and (past == 0 or one)
@@ -146,12 +147,17 @@ class SwiGLU(nn.Module):
 
 def rotate(x: Float[Tensor, "b t h k"], first: int) -> Float[Tensor, "b t h k"]:
     """Turn each pair of entries (i, i + K/2) by an angle that grows with the position, counted from `first`."""
-    half = x.shape[-1] // 2
-    rates = ROTARY_BASE ** (-torch.arange(half, device=x.device, dtype=wide_dtype(x.dtype)) / half)
+    rates = rotary_rates(x.shape[-1], x.device, wide_dtype(x.dtype))
     angles = (torch.arange(x.shape[1], device=x.device) + first).unsqueeze(1) * rates  # [T, K/2]
     cos, sin = (f(angles).unsqueeze(1) for f in (torch.cos, torch.sin))  # [T, 1, K/2]
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
+
+
+def rotary_rates(width: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Float[Tensor, " half_k"]:
+    """Angle a position of each pair of a head of `width` K."""
+    half = width // 2
+    return ROTARY_BASE ** (-torch.arange(half, device=device, dtype=dtype) / half)
 
 
 def initialise(model: nn.Module, layers: int) -> None:
@@ -165,9 +171,9 @@ def initialise(model: nn.Module, layers: int) -> None:
             nn.init.zeros_(parameter)
 
 
-def with_room(state: KeyValues) -> KeyValues:
-    """A copy whose steps write in place, in room that doubles whenever it is full."""
-    return _grown(state._replace(in_place=True))
+def with_room(state: KeyValues, room: int = 0) -> KeyValues:
+    """A copy whose steps write in place, with room for so many more; 0, and when it is full, doubles it."""
+    return _grown(state._replace(in_place=True), room)
 
 
 def _append(state: KeyValues, keys: Tensor, values: Tensor) -> KeyValues:
@@ -183,8 +189,8 @@ def _append(state: KeyValues, keys: Tensor, values: Tensor) -> KeyValues:
     return state._replace(length=state.length + new)
 
 
-def _grown(state: KeyValues) -> KeyValues:
-    room = max(64, state.length)
+def _grown(state: KeyValues, room: int = 0) -> KeyValues:
+    room = room or max(64, state.length)
     keys, values = (F.pad(x[:, : state.length], (0, 0, 0, 0, 0, room)) for x in (state.keys, state.values))
     return state._replace(keys=keys, values=values)
 

@@ -1,0 +1,161 @@
+"""A whole step in few launches: the numbers of the blocks as they are, states that either can go on from."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from chela.config import ModelConfig
+from chela.models import CausalLM
+from chela.models.decoding import Decoder
+from chela.models.fused_step import fused_step
+
+pytest.importorskip("triton")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # a CPU runs Triton's interpreter
+CHELA = ModelConfig(
+    kind="causal-lm", causal=True, vocab=17, layers=2, d_model=20, d_ff=24, d_key=6, d_value=12, kernel_length=300
+)
+TRANSFORMER = ModelConfig(
+    kind="causal-lm", causal=True, vocab=17, layers=2, mixer="transformer", d_model=20, d_ff=24, heads=2, norm="rms"
+)
+MODELS = {
+    "layer norm": CHELA,
+    "rms norm, heads with decay": replace(CHELA, norm="rms", heads=2, decay=True),
+    "scale norm, branch norm": replace(CHELA, norm="scale", branch_norm=True, attention_norm="none"),
+    "no feed-forward part, wide": replace(CHELA, d_ff=0, d_model=70, short_width=1),
+    "Transformer": TRANSFORMER,
+    "Transformer without a feed-forward part": replace(TRANSFORMER, d_ff=0, norm="layer"),
+}
+
+
+def places(config: ModelConfig) -> tuple[int, int]:
+    """Where steps begin and end: over the end of a block of 64 inputs, and from one share of 64 keys to two."""
+    return (10, 80) if config.mixer == "chela" else (55, 75)
+
+
+def make(config: ModelConfig) -> CausalLM:
+    torch.manual_seed(0)
+    model = CausalLM(config).eval()
+    for name, parameter in model.named_parameters():  # gains and biases at their start would hide a mistake
+        if parameter.ndim == 1 or name.endswith(("gain", "bias")):
+            torch.nn.init.normal_(parameter, 0.5 if name.endswith(("gain", "weight")) else 0, 0.3)
+        elif config.mixer == "transformer":
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.merge()
+    return model.to(DEVICE)
+
+
+def draw(rows: int, length: int = 80) -> torch.Tensor:
+    return torch.randint(17, (rows, length), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+
+
+def written(model: CausalLM, tokens: torch.Tensor, *, mask: torch.Tensor | None = None, **options) -> torch.Tensor:
+    """Logits of the last places by steps, the first by a prefill."""
+    first, end = places(model.config)
+    _, state = model.prefill(tokens[:, :first], mask)
+    decoder = Decoder(model, state, **options)
+    assert (decoder._fused is None) == (options.get("impl") == "reference")
+    return torch.stack([decoder.step(token).float() for token in tokens[:, first:end].unbind(1)], 1)
+
+
+def budget(plain: torch.Tensor, exact: torch.Tensor, eps: float) -> float:
+    """Twice what the plain steps are off, and a rounding of the largest (see `chela.ops.testing`)."""
+    return 2 * (float((plain - exact).abs().max()) + eps * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+@torch.no_grad()
+def test_it_gives_the_logits_of_the_whole_forward(config, dtype, nan_memory):
+    model, tokens, (first, end) = make(config), draw(2), places(config)
+    with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+        fused = written(model, tokens, impl="triton")
+        plain = written(model, tokens, impl="reference")
+    exact = model.double()(tokens)[:, first:end]
+    assert float((fused - exact).abs().max()) <= budget(plain, exact, torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("config", [CHELA, TRANSFORMER], ids=["chela", "Transformer"])
+@torch.no_grad()
+def test_padded_prompts_go_on_as_each_alone(config):
+    model, tokens, (first, end) = make(config), draw(3), places(config)
+    begins = (0, first - 1, 7)
+    mask = torch.arange(first, device=DEVICE) >= torch.tensor(begins, device=DEVICE).unsqueeze(1)
+    together = written(model, tokens, mask=mask, impl="triton")
+    for row, begin in enumerate(begins):
+        alone = model(tokens[row : row + 1, begin:end])[0, first - begin :]
+        assert_close(together[row], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [CHELA, TRANSFORMER], ids=["chela", "Transformer"])
+@torch.no_grad()
+def test_its_state_goes_on_by_plain_steps_and_rows_are_taken(config):
+    model, tokens = make(config), draw(3)
+    decoder = Decoder(model, model.prefill(tokens[:, :10])[1], impl="triton", room=7)
+    for place in range(10, 20):  # a Transformer's room is full after 7, then doubles
+        decoder.step(tokens[:, place])
+    plain, _ = model.step(tokens[:, 20], decoder.state.clone(), impl="reference")
+    assert_close(decoder.step(tokens[:, 20]), plain, rtol=1e-4, atol=1e-5)
+    rows = torch.tensor([2, 0], device=DEVICE)
+    decoder.select(rows)
+    assert_close(decoder.step(tokens[rows, 21]), model(tokens[rows, :22])[:, -1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@torch.no_grad()
+def test_a_transformer_goes_back(impl):
+    model, tokens = make(TRANSFORMER), draw(2)
+    decoder = Decoder(model, model.prefill(tokens[:, :10])[1], impl=impl)
+    first = [decoder.step(tokens[:, place]).clone() for place in range(10, 14)]
+    decoder.rewind(4)
+    for place, logits in enumerate(first, 10):
+        assert torch.equal(decoder.step(tokens[:, place]), logits)
+    with pytest.raises(ValueError, match="cannot forget 30"):
+        decoder.rewind(30)
+    model = make(CHELA)
+    with pytest.raises(ValueError, match="keep a clone"):
+        Decoder(model, model.prefill(tokens)[1]).rewind(1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prenorm": False},
+        {"attention": False},
+        {"attention_norm": "sum"},
+        {"short_width": 0},
+        {"kernel_length": 0},
+        {"d_key": 200, "d_value": 300},
+    ],
+)
+@torch.no_grad()
+def test_blocks_of_other_forms_step_as_they_are(changes):
+    model, tokens = make(replace(CHELA, **changes)), draw(1)[:, :5]
+    state = model.online(model.prefill(tokens)[1])
+    assert fused_step(model, state, "triton") is None
+    model = make(CHELA)
+    state = model.online(model.prefill(tokens)[1])
+    assert fused_step(model, state, "triton") is not None
+    assert fused_step(model, state, "reference") is None
+    assert fused_step(model.double(), state, "triton") is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+@torch.no_grad()
+def test_recorded_it_gives_the_same_numbers(config, dtype):
+    model, tokens = make(config), draw(3, 300)
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        _, state = model.prefill(tokens[:, :20])
+        recorded, launched = (Decoder(model, state.clone(), room=100) for _ in range(2))
+        for place in range(20, 300):  # a Transformer's room is full after 100: recorded again
+            found = recorded.step(tokens[:, place]).clone()
+            assert recorded._graph is not None
+            launched._make_room()
+            launched._token = tokens[:, place]
+            expected = launched._emit(launched._state)
+            launched._advance()
+            assert torch.equal(found, expected)
