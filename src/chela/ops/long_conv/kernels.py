@@ -90,8 +90,8 @@ def convolve_blocks(
     `m` runs over block lags first_lag .. last_lag; a row of x that does not exist is zero. Packed, a row sees block
     lags -after .. before only: those of its own document.
     """
-    d = tl.program_id(1).to(tl.int64)
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # causal: the longest sums first
+    d = tl.program_id(0).to(tl.int64)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)  # causal: the longest sums first, of all channels
     c = tile * ROWS + tl.arange(0, ROWS)
     j, k = tl.arange(0, BLOCK), tl.arange(0, DEPTH)
     newest = tl.minimum(tile * ROWS + ROWS, rows_out) - 1 + shift

@@ -192,7 +192,7 @@ def _convolve(x: Tensor, taps: Tensor, p: Plan, *, flip: bool) -> Tensor:
     first, last, shift = (-p.last, -p.first, -p.shift) if flip else (p.first, p.last, p.shift)
     rows_in, rows_out = x.shape[1], p.rows_in if flip else p.rows_out
     out = x.new_empty(p.channels, rows_out, t.block)
-    kernels.convolve_blocks[(triton.cdiv(rows_out, t.rows), p.channels)](
+    kernels.convolve_blocks[(p.channels, triton.cdiv(rows_out, t.rows))](
         x,
         taps,
         out,

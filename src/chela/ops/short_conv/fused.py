@@ -23,16 +23,16 @@ class Tile(NamedTuple):
     """Rows taken in one turn of the loop, all loaded before the first is used."""
     stages: int = 1
     """With more than 1 the compiler fetches turns ahead through shared memory."""
+    programs: int = 512
+    """Programs worth having before the stretches of time grow longer: a few for each processor of a large GPU."""
 
 
 # By the largest width they are for: the registers of a thread hold its channels W times forward, 4 W times backward.
-FORWARD = {4: Tile(8, 4, 4), 8: Tile(4, 4, 4), 16: Tile(2, 4, 4), 32: Tile(1, 4, 4)}
-BACKWARD = {4: Tile(4, 8, 4), 8: Tile(2, 4, 4), 16: Tile(1, 4, 4), 32: Tile(1, 4, 2)}
+FORWARD = {4: Tile(8, 4, 8, programs=1024), 8: Tile(4, 4, 4), 16: Tile(2, 4, 4), 32: Tile(1, 4, 4)}
+BACKWARD = {4: Tile(4, 4, 4, stages=3), 8: Tile(2, 4, 4), 16: Tile(1, 4, 4), 32: Tile(1, 4, 2)}
 CHANNELS = 128
 """Most channels of a tile."""
-PROGRAMS = 512
-"""Programs worth having before the stretches of time grow longer: about four for each processor of a large GPU."""
-SUM = (128, 32)
+SUM = (64, 16)
 """Programs and columns of a tile of the weight's gradient, when it is summed over the programs."""
 SHORTEST, LONGEST = 2, 16
 """Bounds of a stretch, in multiples of the width: W-1 rows next to a stretch are read once more."""
@@ -285,7 +285,7 @@ class _Cut:
         segments = max(32 * tile.warps * tile.elements // block, 1)
         tiles = ceil(channels, block)
         unit = max(power(width), 4)
-        fit = power(ceil(batch * length * tiles, segments * PROGRAMS))
+        fit = power(ceil(batch * length * tiles, segments * tile.programs))
         chunk = min(max(fit, SHORTEST * unit), LONGEST * unit, max(power(length), tile.unroll))
         stretches = max(ceil(length, chunk), 1)
         total = batch * stretches if cu_seqlens is None else length // chunk + self.sequences
