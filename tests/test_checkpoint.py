@@ -32,7 +32,7 @@ def tree(folder: Path) -> dict[str, str]:
 
 def curve(folder: Path) -> list[dict]:
     """What a run computed: its journal without starts, ends and clocks."""
-    clocks = {"seconds", "trained_seconds", "tokens_per_s"}
+    clocks = {"seconds", "trained_seconds", "tokens_per_s", "peak_gib"}
     entries = journal.read(folder / "metrics.jsonl")
     return [
         {key: value for key, value in entry.items() if key not in clocks}

@@ -14,7 +14,7 @@ from chela.config import ModelConfig
 from chela.data import Batch, indices_at
 from chela.models import build, load_model
 from chela.training import NonFinite, evaluate, journal, train
-from chela.training.device import compute_type, pick_device
+from chela.training.device import compute_type, peak_memory, pick_device
 from chela.training.guard import check_weights
 from chela.training.metrics import better
 from chela.training.step import Objective, clip_gradients, compute_gradients, dropout_seed
@@ -78,10 +78,31 @@ def test_a_run_folder_holds_its_record(tmp_path):
     assert [entry["step"] for entry in lines(tmp_path, "val")] == [4, 8, 12]
     assert {"loss", "accuracy", "lr", "grad_norm", "tokens_per_s"} <= lines(tmp_path, "train")[0].keys()
     assert {"torch", "device", "parameters", "processes", "dtype"} <= lines(tmp_path, "start")[0].keys()
+    assert not any("peak_gib" in entry for entry in journal.read(tmp_path / "metrics.jsonl")), (
+        "no GPU, no memory of one"
+    )
     end = lines(tmp_path, "end")[0]
     assert (end["test"], end["best"]) == (result.test, result.validation)
     assert f"test accuracy {100 * result.test['accuracy']:.2f} %" in printed
     assert "majority class 40.0 %" in printed
+
+
+def test_tokens_are_counted_without_padding(tmp_path):
+    run = make_run(tmp_path)
+    source = Source(make_task(), run)
+    read = [source.share(step).tokens for step in range(run.train.steps)]
+    run_tiny(run)
+    assert [entry["tokens"] for entry in lines(tmp_path, "train")] == [sum(read[:end]) for end in range(2, 13, 2)]
+    assert len({*read}) > 1, "take sequences of several lengths"
+
+
+def test_the_most_memory_of_a_gpu_is_noted_at_validations_and_at_the_end(tmp_path, monkeypatch):
+    assert peak_memory(CPU) == {}
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: 3 * 2**29 + (device.index or 0))
+    assert peak_memory(torch.device("cuda", 0)) == {"peak_gib": 1.5}
+    with patch("chela.training.loop.peak_memory", lambda device: {"peak_gib": 1.5}):
+        run_tiny(make_run(tmp_path))
+    assert [entry["peak_gib"] for entry in lines(tmp_path, "val") + lines(tmp_path, "end")] == [1.5] * 4
 
 
 def test_the_best_weights_are_tested_not_the_last(tmp_path):

@@ -126,7 +126,7 @@ def make_run(out: Path, *, model: dict | None = None, optim: dict | None = None,
 
 @contextmanager
 def tiny_task(task: Task) -> Iterator[None]:
-    with patch("chela.training.loop.load_task", lambda config, progress: task):
+    with patch("chela.training.run.load_task", lambda config, progress: task):
         yield
 
 

@@ -48,6 +48,8 @@ class State:
     """Time since the run began, over all starts."""
     trained: float = 0.0
     """Time spent on updates alone, but for each start's first: what `train.minutes` counts."""
+    tokens: int = 0
+    """Tokens read in these steps, without padding, over all processes."""
     best: dict[str, float] | None = None
     """The best validation, with its step."""
     sums: list[float] = field(default_factory=lambda: [0.0] * 3)
@@ -143,7 +145,7 @@ def verify(checkpoint: Path) -> tuple[State, RunConfig]:
     if damaged is None:
         try:
             record = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-            record = {"trained": 0.0} | record  # which older checkpoints lack
+            record = {"trained": 0.0, "tokens": 0} | record  # which older checkpoints lack
             state = State(**{f.name: record[f.name] for f in fields(State)})
             return state, from_dict(RunConfig, record["run"])
         except (ValueError, KeyError, TypeError) as error:

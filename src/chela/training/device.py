@@ -28,6 +28,13 @@ def compute_type(dtype: Literal["auto", "float32", "bfloat16"], device: torch.de
     return torch.bfloat16 if dtype == "bfloat16" else torch.float32
 
 
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """The most memory that tensors of this process have taken on its GPU at once, as `peak_gib`; nothing on a CPU."""
+    if device.type != "cuda":
+        return {}
+    return {"peak_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 3)}
+
+
 @contextmanager
 def deterministic(asked: bool) -> Iterator[None]:
     """Ask torch for deterministic algorithms for a while; an operation that has none then raises."""

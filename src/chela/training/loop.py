@@ -1,24 +1,20 @@
-"""Training, from the settings of a run to its tested weights. Read it from the top."""
+"""The training loop: steps, logs, validations and saves, until it is done or stopped. Read it from the top."""
 
 import math
 import time
-from dataclasses import dataclass
-from pathlib import Path
 from typing import NoReturn
 
 import torch
-from rich.console import Console
 
-from chela.config import RunConfig, seconds
-from chela.data import Task, load_task
+from chela.config import RunConfig
+from chela.data import Task
 from chela.models import build, save_model
 from chela.models.files import read_weights
 from chela.training import distributed, metrics
 from chela.training.board import Board
 from chela.training.carry import Carried
 from chela.training.checkpoint import restore, save_checkpoint
-from chela.training.checks import check_run
-from chela.training.device import compute_type, deterministic
+from chela.training.device import compute_type, peak_memory
 from chela.training.folder import Found, RunFolder
 from chela.training.guard import Guard, NonFinite, check_weights, explain
 from chela.training.interrupt import Interrupt
@@ -29,58 +25,6 @@ from chela.training.progress import Display
 from chela.training.step import Objective, compute_gradients
 from chela.training.stream import Source, Stream
 from chela.training.update import Learner, compile_blocks, make_update, uncompiled
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a run ended."""
-
-    folder: Path
-    """Where it lives."""
-    status: str
-    """"done", "stopped" (the same command goes on) or "already done"."""
-    step: int
-    """Steps done."""
-    validation: dict[str, float] | None
-    """The best validation, with its step."""
-    test: dict[str, float] | None
-    """The test with the best weights, once done."""
-
-
-def train(run: RunConfig, *, console: Console | None = None) -> Result:
-    """Train a run, or go on with it, and test it once.
-
-    The folder is the state: the same call goes on from the newest checkpoint as if it had never stopped, and returns
-    the recorded result of a finished run. Under torchrun all processes call it alike.
-
-    Args:
-        run: every setting.
-        console: where progress is shown; standard output by default.
-
-    Raises:
-        ValueError: settings that do not fit the task, a folder that is in use or another run's, a damaged checkpoint,
-            missing data. Nothing has been written then.
-        NonFinite: loss or gradients became infinite or NaN; names the layer. The last checkpoint stays.
-    """
-    started = time.monotonic()
-    display, folder = Display(console, run.train.steps), RunFolder(run.folder)
-    try:
-        with distributed.world(run.train.device) as device, deterministic(run.train.deterministic), folder:
-            found = Found.from_json(distributed.on_main(lambda: folder.inspect(run).to_json()))
-            if found.end is not None:
-                display.say(f"{folder.path} is already done: test {metrics.text(found.end['test'])}")
-                return Result(folder.path, "already done", found.end["step"], found.end["best"], found.end["test"])
-            task = distributed.main_first(lambda: load_task(run.data, progress=display.say))
-            check_run(run, task)
-            distributed.on_main(lambda: folder.claim(run, found, task.tokenizer))
-            limit = seconds(run.train.time_limit)
-            with Trainer(run, task, folder, found, device, display) as trainer:
-                finished = trainer.fit(None if limit is None else started + limit)
-                test = trainer.test() if finished else None
-            status = "done" if finished else "stopped"
-            return Result(folder.path, status, trainer.state.step, trainer.state.best, test)
-    except OSError as error:  # a full disk, a folder that is not ours; checkpoints are whole or absent
-        raise ValueError(f"cannot use {error.filename or folder.path}: {error.strerror or error}") from error
 
 
 class Trainer:
@@ -121,7 +65,7 @@ class Trainer:
     def fit(self, deadline: float | None) -> bool:
         """Take the steps that are left; False if a signal or the deadline stopped it, with a checkpoint saved."""
         run, state = self.run, self.state
-        first, busy, tokens = state.step, 0.0, 0
+        first, busy, counted = state.step, 0.0, state.tokens
         learner = Learner(self.model, self.optimizer, self.guard, self.sums, run, self.dtype, self.carried)
         with (
             Interrupt(deadline) as interrupt,
@@ -135,7 +79,7 @@ class Trainer:
                 stop = bool(interrupt.reason) and step > first  # each start takes a step at least
                 clock = round(1e6 * state.trained) if distributed.is_main() else 0  # one for all processes
                 counts = distributed.sum_over_ranks(torch.tensor([share.targets, share.tokens, stop, clock]))
-                targets, new_tokens, stop, clock = counts.tolist()
+                targets, tokens, stop, clock = counts.tolist()
                 if stop:
                     self._stop_if_not_finite()  # waits for the device, as below
                     state.trained += time.monotonic() - begun
@@ -148,7 +92,7 @@ class Trainer:
 
                 state.step += 1
                 state.steps, state.targets = state.steps + 1, state.targets + targets
-                tokens += new_tokens
+                state.tokens += tokens
                 logging, validating, saving = map(
                     self._due, (run.train.log_every, run.train.eval_every, run.train.save_every)
                 )
@@ -158,8 +102,8 @@ class Trainer:
                 busy += spent
                 state.trained += spent if step > first else 0.0
                 if logging:
-                    self._log(tokens / busy)
-                    busy, tokens = 0.0, 0
+                    self._log((state.tokens - counted) / busy)
+                    busy, counted = 0.0, state.tokens
                 if validating:
                     self._validate()
                 if saving:
@@ -173,14 +117,12 @@ class Trainer:
         _, weights = read_weights(self.folder.weights)
         self.model.load_state_dict(weights)
         result = self._evaluate("test")
-        spent = time.monotonic() - self.began
+        spent = self._spent()
         self.journal.write("test", step=self.state.best["step"], baselines=self.task.baselines, **result)
-        self.journal.write(
-            "end", status="done", step=self.state.step, best=self.state.best, test=result, seconds=round(spent, 3)
-        )
+        self.journal.write("end", status="done", step=self.state.step, best=self.state.best, test=result, **spent)
         against = "".join(f"; {name} {100 * value:.1f} %" for name, value in self.task.baselines.items())
         self.display.say(
-            f"done in {spent:,.0f} s: test {metrics.text(result)} with the weights of step "
+            f"done in {spent['seconds']:,.0f} s: test {metrics.text(result)} with the weights of step "
             f"{self.state.best['step']:,.0f}{against}; {self.folder.path}"
         )
         return result
@@ -201,6 +143,8 @@ class Trainer:
             lr=self.run.optim.lr * schedule(self.run.optim, step - 1, self.steps),
             grad_norm=norm / state.steps,
             tokens_per_s=round(tokens_per_s, 1),
+            tokens=state.tokens,
+            trained_seconds=round(state.trained, 3),
         )
         self.display.train(step, loss, accuracy, tokens_per_s)
         after, chance = self.run.train.chance_after, self.task.chance_loss
@@ -218,9 +162,8 @@ class Trainer:
         """Evaluate on the validation split; keep the weights if they are the best so far."""
         self._stop_if_not_finite()
         result = self._evaluate("val")
-        step, spent = self.state.step, time.monotonic() - self.began
-        trained = round(self.state.trained, 3)
-        self.journal.write("val", step=step, seconds=round(spent, 3), trained_seconds=trained, **result)
+        step, trained = self.state.step, round(self.state.trained, 3)
+        self.journal.write("val", step=step, trained_seconds=trained, **self._spent(), **result)
         best = metrics.better(result, self.state.best, self.task.kind)
         if best:
             self.state.best = {"step": step, **result}
@@ -247,8 +190,8 @@ class Trainer:
         step = self.state.step
         if self.saved < step:
             self._save()
-        spent = round(time.monotonic() - self.began, 3)
-        self.journal.write("end", status="stopped", step=step, reason=reason, best=self.state.best, seconds=spent)
+        best = self.state.best
+        self.journal.write("end", status="stopped", step=step, reason=reason, best=best, **self._spent())
         self.display.say(
             f"stopped ({reason}) at step {step:,} of {self._in_all()}; the same command goes on from there"
         )
@@ -292,6 +235,10 @@ class Trainer:
         message = f"{what}; {kept}"
         self.journal.write("end", status="failed", step=self.state.step, message=message)
         raise NonFinite(message)
+
+    def _spent(self) -> dict[str, float]:
+        """Time since the run began and, on a GPU, the most memory that this process has held at once."""
+        return {"seconds": round(time.monotonic() - self.began, 3), **peak_memory(self.device)}
 
     def _in_all(self) -> str:
         return f"about {self.steps:,}" if self.run.train.minutes else f"{self.steps:,}"
