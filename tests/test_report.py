@@ -11,9 +11,11 @@ from rich.console import Console
 
 from chela.config import RunConfig
 from chela.evaluation import curves, page, write_report
+from chela.evaluation.axes import Against, Scale, axis
+from chela.evaluation.charts import charts, write_pictures
 from chela.evaluation.page import Cell
 from chela.evaluation.results import show
-from chela.evaluation.runs import read_run
+from chela.evaluation.runs import Run, group, read_run
 from chela.presets import preset
 from chela.record import save_toml
 
@@ -131,7 +133,7 @@ def test_the_same_runs_give_the_same_page_and_it_is_written_whole(three, tmp_pat
 
 def test_curves_of_every_run(three, tmp_path):
     text = read(three, tmp_path)
-    assert text.count("<svg") == 2
+    assert text.count("<svg") == 4, "each against steps, and against the minutes of the clock"
     assert "Training loss (nats)" in text
     assert "Validation accuracy" in text
     assert text.count(f"stroke: {curves.colour(0)}") >= 6, "three runs in two charts"
@@ -163,7 +165,7 @@ def test_tasks_are_not_mixed(three, tmp_path):
     start = {"note": "published split"}
     three.append(write_run(tmp_path / "image", preset("image"), 0.8, **start))
     text = read(three, tmp_path)
-    assert text.count("<svg") == 4
+    assert text.count("<svg") == 8
     assert "image: published split" in text
     assert [row[2] for row in rows(text) if row[0] == "image, seed 0"] == ["80.00 %"]
 
@@ -243,3 +245,136 @@ def test_a_table_in_a_pipe_has_room_for_long_names(tmp_path):
     box = io.StringIO()
     show([read_run(run) for run in runs], Console(file=box, width=80))
     assert "digits, model.kernel multiscale, optim.lr 0.0001, seed 0" in box.getvalue()
+
+
+def make_run(lines: list[tuple[str, dict]], **train) -> Run:
+    """A language model's run of 2 x 8 tokens a step, with these lines in its journal."""
+    start = preset("lm-tiny")
+    config = replace(start, data=replace(start.data, max_length=8), train=replace(start.train, batch_size=2, **train))
+    return Run(Path("run"), config, [{"kind": kind, **values} for kind, values in lines])
+
+
+def known(runs: list[Run], against: Against) -> tuple[str, list[Scale]]:
+    """The axis, which there must be."""
+    found = axis(runs, against)
+    assert found is not None
+    return found
+
+
+START = ("start", {"step": 0})
+
+
+def test_tokens_and_minutes_are_the_journals_own_where_it_counts_them():
+    lines = [
+        START,
+        ("train", {"step": 10, "loss": 1.0, "tokens_per_s": 1.0, "tokens": 150, "trained_seconds": 30.0}),
+        ("val", {"step": 10, "seconds": 500.0, "trained_seconds": 30.0}),
+        ("train", {"step": 20, "loss": 1.0, "tokens_per_s": 1.0, "tokens": 310, "trained_seconds": 90.0}),
+        ("val", {"step": 20, "seconds": 900.0, "trained_seconds": 90.0}),
+    ]
+    label, (scale,) = known([make_run(lines)], "tokens")
+    assert label == "tokens (millions)"
+    assert scale.at([0, 10, 15, 20]) == pytest.approx([0, 150e-6, 230e-6, 310e-6])
+    label, (scale,) = known([make_run(lines)], "minutes")
+    assert label == "minutes of training"
+    assert scale.at([0, 5, 10, 20]) == pytest.approx([0, 0.25, 0.5, 1.5])
+
+
+def test_older_journals_give_minutes_by_their_rates_without_what_a_start_compiled():
+    lines = [
+        START,
+        ("train", {"step": 10, "tokens_per_s": 0.5}),  # 160 tokens in 320 s, nearly all of it compiling
+        ("train", {"step": 20, "tokens_per_s": 16.0}),  # 10 s
+        ("val", {"step": 20, "seconds": 400.0}),
+        ("start", {"step": 20}),
+        ("train", {"step": 30, "tokens_per_s": 2.0}),
+        ("train", {"step": 40, "tokens_per_s": 8.0}),  # 20 s
+        ("val", {"step": 40, "seconds": 600.0}),
+    ]
+    label, (scale,) = known([make_run(lines)], "minutes")
+    assert label == "minutes of training"
+    assert scale.at([10, 20, 30, 40]) == pytest.approx([10 / 60, 20 / 60, 40 / 60, 60 / 60])
+    assert known([make_run(lines)], "tokens")[1][0].at([20]) == pytest.approx([320e-6])
+
+
+def test_runs_are_only_compared_by_what_all_of_them_know(three):
+    new = make_run([START, ("val", {"step": 20, "seconds": 60.0, "trained_seconds": 30.0})])
+    old = read_run(three[0])
+    assert known([new], "minutes")[0] == "minutes of training"
+    label, scales = known([new, old], "minutes")
+    assert label == "minutes, validation and compiling included"
+    assert [scale.at([20]) for scale in scales] == [[1.0], [2.0]]
+    assert axis([old, new], "tokens") is None, "sequences of digits are not counted in this journal"
+    assert axis([make_run([START])], "minutes") is None
+
+
+def test_a_run_that_has_only_begun_takes_no_axis_from_the_others(three):
+    begun = Run(Path("begun"), preset("digits"), [{"kind": "start", "step": 0}])
+    for runs, views in (([begun, read_run(three[0])], ["steps", "minutes"]), ([begun], [])):
+        assert list(charts([*enumerate(group(runs))])) == views
+
+
+def test_the_page_switches_between_axes_without_a_script(tmp_path):
+    folder = write_run(tmp_path / "a", preset("lm-tiny"), None)
+    text = read([folder], tmp_path)
+    parse(text)
+    assert re.findall(r'<label for="view-\d">(\w+)</label>', text) == ["steps", "tokens", "minutes"]
+    assert re.findall(r'id="(view-\d)" checked', text) == ["view-0"]
+    ids = re.findall(r' id="([^"]+)"', text)
+    assert len(ids) == len(set(ids)), "a hidden chart's parts are not taken for a visible one's"
+    timed = replace(preset("lm-tiny"), train=replace(preset("lm-tiny").train, minutes=2.0))
+    text = read([write_run(tmp_path / "b", timed, None)], tmp_path)
+    assert re.findall(r'id="(view-\d)" checked', text) == ["view-2"], "equal minutes are seen first"
+
+
+def test_pictures_stand_alone(three, tmp_path):
+    three.append(
+        write_run(tmp_path / "other", replace(preset("digits"), optim=replace(preset("digits").optim, lr=1.0)), 0.5)
+    )
+    written = write_pictures([read_run(run) for run in three], tmp_path / "docs" / "digits")
+    kinds = [
+        f"digits-{part}{against}.{kind}"
+        for against in ("steps", "minutes")
+        for part in ("loss-", "")
+        for kind in ("svg", "png")
+    ]
+    assert [path.name for path in written] == kinds
+    drawn = (tmp_path / "docs" / "digits-minutes.svg").read_text()
+    for words in ("Validation accuracy", "minutes, validation and compiling included", "digits, optim.lr 1.0"):
+        assert words in drawn
+    assert "var(--" not in drawn
+    assert (tmp_path / "docs" / "digits-steps.png").read_bytes().startswith(b"\x89PNG")
+    before = {path: path.read_bytes() for path in written}
+    write_pictures([read_run(run) for run in three], tmp_path / "docs" / "digits")
+    assert {path: path.read_bytes() for path in written} == before
+
+
+def test_pictures_that_cannot_be_made_are_refused(three, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    runs = [read_run(run) for run in three]
+    with pytest.raises(ValueError, match=r"cannot write .*file"):
+        write_pictures(runs, tmp_path / "file" / "digits")
+    monkeypatch.setattr(curves, "available", lambda: False)
+    with pytest.raises(ValueError, match=r"chela\[plot\]"):
+        write_pictures(runs, tmp_path / "digits")
+
+
+def test_speed_and_memory_stand_in_the_table(three, tmp_path):
+    assert not {"Tokens/s", "Memory"} & set(rows(read(three, tmp_path))[0]), "no journal here knows them"
+    with (three[0] / "metrics.jsonl").open() as file:
+        first, *others = file.read().splitlines()
+    rates = [
+        {"kind": "train", "step": step, "loss": 1.0, "tokens_per_s": rate}
+        for step, rate in ((1, 9.0), (2, 800.0), (3, 804.0))
+    ]
+    peaks = [
+        {"kind": "val", "step": 3, "accuracy": 0.1, "loss": 2.0, "seconds": 1.0, "peak_gib": peak}
+        for peak in (1.0, 2.25)
+    ]
+    (three[0] / "metrics.jsonl").write_text("\n".join([first, *map(json.dumps, rates + peaks), *others]) + "\n")
+    table = rows(read(three, tmp_path))
+    speed, memory = table[0].index("Tokens/s"), table[0].index("Memory")
+    (line,) = [row for row in table if row[0] == "seed 0"]
+    assert (line[speed], line[memory]) == ("800", "2.2 GiB")
+    (line,) = [row for row in table if row[0] == "seed 1"]
+    assert (line[speed], line[memory]) == ("–", "–")

@@ -76,7 +76,7 @@ OPTIONS = {
         "--root --encoding --vocab --packed --rate --max-length --min-length --examples --distractors --seed --show"
     ),
     "bench": "--device --dtype --seconds --peers --out",
-    "report": "--out",
+    "report": "--out --pictures",
     "doctor": "--root --selftest",
 }
 

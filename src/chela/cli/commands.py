@@ -221,19 +221,25 @@ def bench(
     run_bench(ops, device=device, dtype=dtype, seconds=seconds, peers=peers, out=out)
 
 
-def report(runs: RunPaths, out: Path | None = None) -> None:
+def report(runs: RunPaths, out: Path | None = None, pictures: Path | None = None) -> None:
     """Write one page on several runs: curves, results by configuration over seeds, environment, commands.
 
     Args:
         runs: Folders of runs, finished or not.
         out: The page to write; report.html when left out, for a single run in its folder.
+        pictures: Also write each chart as a file, SVG and PNG, with names that begin so: pictures/lm gives
+            pictures/lm-minutes.svg (validation), pictures/lm-loss-minutes.svg, the same against tokens and steps.
     """
+    from chela.evaluation.charts import write_pictures
     from chela.evaluation.report import write_report
     from chela.evaluation.results import show
     from chela.evaluation.runs import read_run
 
     page = write_report(runs, out or (runs[0] if len(runs) == 1 else Path()) / "report.html")
-    show([read_run(run) for run in runs])
+    found = [read_run(run) for run in runs]
+    show(found)
+    if pictures:
+        print(f"pictures: {', '.join(path.name for path in write_pictures(found, pictures))}, in {pictures.parent}")
     print(f"report: {page}")
 
 

@@ -29,6 +29,10 @@ figure { margin: 0; background: var(--card); border: 1px solid var(--rule); bord
 figcaption { font-size: .88rem; font-weight: 600; padding: 0 .3rem .3rem; }
 svg { display: block; width: 100%; height: auto; }
 svg text { font-family: inherit !important; }
+.switch label { margin-left: .3rem; cursor: pointer; } .switch label, .switch > .soft { font-size: .9rem; }
+.switch input { margin: 0 0 0 1rem; accent-color: var(--accent); vertical-align: -.1rem; }
+.view { display: none; margin-top: .8rem; }
+#view-0:checked ~ .view-0, #view-1:checked ~ .view-1, #view-2:checked ~ .view-2 { display: block; }
 .legend { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; list-style: none; padding: 0;
   margin: 0 0 .8rem; font-size: .9rem; }
 .swatch { display: inline-block; width: .8rem; height: .8rem; border-radius: 3px; margin-right: .45rem;
@@ -100,6 +104,20 @@ def charts(items: Sequence[tuple[str, str]]) -> str:
     """Titled drawings (markup) side by side where there is room."""
     drawings = (f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>" for title, svg in items)
     return f'<div class="charts">{"".join(drawings)}</div>'
+
+
+def views(prompt: str, items: dict[str, str], shown: str) -> str:
+    """Up to three pieces of markup by name, of which one is seen: buttons switch, `shown` comes first; no script."""
+    assert len(items) <= 3, "the style knows three"
+    if len(items) < 2:
+        return "".join(items.values())
+    buttons = "".join(
+        f'<input type="radio" name="view" id="view-{number}"{" checked" if name == shown else ""}>'
+        f'<label for="view-{number}">{escape(name)}</label>'
+        for number, name in enumerate(items)
+    )
+    panes = "".join(f'<div class="view view-{number}">{content}</div>' for number, content in enumerate(items.values()))
+    return f'<div class="switch"><span class="soft">{escape(prompt)}</span>{buttons}{panes}</div>'
 
 
 def code(lines: Sequence[str]) -> str:

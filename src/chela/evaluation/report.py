@@ -1,16 +1,16 @@
 """`chela report`: one self-contained page on runs, grouped by configuration; the same runs give the same page."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import tomli_w
 
-from chela.config import DataConfig
 from chela.disk import write_whole
 from chela.evaluation import curves, page
+from chela.evaluation.axes import AGAINST
+from chela.evaluation.charts import charts
 from chela.evaluation.page import Cell
-from chela.evaluation.results import baselines, metric, minutes, results, score
+from chela.evaluation.results import by_data, metric, minutes, results
 from chela.evaluation.runs import INCIDENTAL, Group, Run, command, group, key_of, read_run
 from chela.record import differences, to_dict
 
@@ -41,7 +41,7 @@ def render(runs: Sequence[Run]) -> str:
     """The page."""
     groups = group(runs)
     alone = runs[0] if len(runs) == 1 else None
-    tasks = _tasks(groups)
+    tasks = by_data(groups)
     names = ", ".join(dict.fromkeys(run.config.data.task for run in runs))
     title = f"{groups[0].name}, seed {alone.config.seed}" if alone else f"{len(runs)} runs on {names}"
     subtitle = (
@@ -95,16 +95,6 @@ def _remarks(runs: Sequence[Run]) -> list[str]:
     return [page.paragraph(text, "soft") for text in [*notes, *lines]]
 
 
-def _tasks(groups: Sequence[Group]) -> dict[str, list[tuple[int, Group]]]:
-    """The configurations that learn from the same data, by a name for these, with their number among all."""
-    together: dict[str, list[tuple[int, Group]]] = {}
-    for index, g in enumerate(groups):
-        changed = differences(DataConfig(task=g.config.data.task), replace(g.config.data, root=DataConfig().root))
-        limits = [line.replace(" was 0, now", "") for line in changed]
-        together.setdefault(", ".join([g.config.data.task, *limits]), []).append((index, g))
-    return together
-
-
 def _results(tasks: dict[str, list[tuple[int, Group]]]) -> list[str]:
     parts = []
     for name, members in tasks.items():
@@ -117,35 +107,19 @@ def _curves(groups: Sequence[Group], tasks: dict[str, list[tuple[int, Group]]]) 
     title = "Curves"
     if not curves.available():
         return page.section(title, page.paragraph("Install chela[plot] for the curves (it brings matplotlib)."))
-    drawings = []
+    views: dict[str, list[tuple[str, str]]] = {against: [] for against in AGAINST}
     for name, members in tasks.items():
         prefix = f"{name}: " if len(tasks) > 1 else ""
-        drawings += [(prefix + chart.title, curves.draw(chart)) for chart in _charts(members)]
+        for against, drawn in charts(members).items():
+            views[against] += [(prefix + chart.title, curves.draw(chart)) for chart in drawn]
+    timed = all(g.config.train.minutes for g in groups)
+    drawings = {against: page.charts(items) for against, items in views.items() if items}
     names = [(curves.colour(index), g.name) for index, g in enumerate(groups)]
-    return page.section(title, page.legend(names) if len(names) > 1 else "", page.charts(drawings))
-
-
-def _charts(groups: Sequence[tuple[int, Group]]) -> list[curves.Chart]:
-    """Training loss and validation result of the configurations of one task."""
-    loss, validation, name, percent, chance = [], [], "", True, {}
-    runs = [(curves.colour(index), run) for index, g in groups for run in g.runs]
-    steps = max(run.step for _, run in runs)
-    for colour, run in runs:
-        train, val = run.lines("train"), run.lines("val")
-        if train:
-            loss.append(curves.Line(colour, [line["step"] for line in train], [line["loss"] for line in train]))
-        if val:
-            name, _, form = score(val[0])
-            percent = form.endswith("%")
-            values = [line["accuracy"] if percent else score(line)[1] for line in val]
-            validation.append(curves.Line(colour, [line["step"] for line in val], values))
-        if "chance_loss" in run.last("start"):
-            chance = {"chance": run.last("start")["chance_loss"]}
-    drawn = [curves.Chart("Training loss (nats)", loss, steps, chance)] if loss else []
-    if validation:
-        levels = baselines([g for _, g in groups]) if percent else {}
-        drawn.append(curves.Chart(f"Validation {name}", validation, steps, levels, percent))
-    return drawn
+    return page.section(
+        title,
+        page.legend(names) if len(names) > 1 else "",
+        page.views("against", drawings, "minutes" if timed and "minutes" in drawings else "steps"),
+    )
 
 
 def _departures(groups: Sequence[Group]) -> str:

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -9,13 +10,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from chela.config import DataConfig
 from chela.evaluation import page
 from chela.evaluation.page import Cell
 from chela.evaluation.runs import Group, Run, group
 from chela.evaluation.terminal import console_for_tables
+from chela.record import differences
 
 NARROW = ("Configuration", "Runs", "Best validation", "Steps", "Minutes")
 """Columns that stand beside the test's result in a terminal too."""
+FACTS = ("Steps", "Minutes", "Tokens/s", "Memory")
+"""What a run took."""
 
 
 def metric(result: dict[str, Any]) -> tuple[str, str]:
@@ -31,6 +36,16 @@ def score(result: dict[str, Any]) -> tuple[str, float, str]:
     if "perplexity" in result:
         return "perplexity", result["perplexity"], "{:.2f}"
     return "accuracy", 100 * result["accuracy"], "{:.2f} %"
+
+
+def by_data(groups: Sequence[Group]) -> dict[str, list[tuple[int, Group]]]:
+    """The configurations that learn from the same data, by a name for these, with their number among all."""
+    together: dict[str, list[tuple[int, Group]]] = {}
+    for index, g in enumerate(groups):
+        changed = differences(DataConfig(task=g.config.data.task), replace(g.config.data, root=DataConfig().root))
+        limits = [line.replace(" was 0, now", "") for line in changed]
+        together.setdefault(", ".join([g.config.data.task, *limits]), []).append((index, g))
+    return together
 
 
 def baselines(groups: Sequence[Group]) -> dict[str, float]:
@@ -67,7 +82,7 @@ def show(runs: Sequence[Run], console: Console | None = None) -> None:
 def _table(groups: Sequence[tuple[str, Group]]) -> tuple[list[Cell], list[tuple[str, list[Cell]]]]:
     names = {score(run.best)[0] for _, g in groups for run in g.runs if run.best}
     head = [Cell("Configuration"), Cell("Runs"), Cell(" ".join(["Test", *names]), "number")]
-    head += [Cell(name, "number") for name in ("Best validation", "Parameters", "Steps", "Minutes")] + [Cell("Device")]
+    head += [Cell(name, "number") for name in ("Best validation", "Parameters", *FACTS)] + [Cell("Device")]
     rows = []
     for colour, g in groups:
         rows.append(("group", _group_row(g, colour)))
@@ -76,7 +91,10 @@ def _table(groups: Sequence[tuple[str, Group]]) -> tuple[list[Cell], list[tuple[
     for name, value in baselines([g for _, g in groups]).items():
         cells = [Cell(name, "soft"), Cell("baseline", "soft"), Cell(f"{100 * value:.2f} %", "number soft")]
         rows.append(("", cells + [Cell("")] * (len(head) - len(cells))))
-    return head, rows
+    kept = [
+        n for n, cell in enumerate(head) if cell.text not in FACTS or any(row[n].text.strip("–") for _, row in rows)
+    ]
+    return [head[n] for n in kept], [(look, [row[n] for n in kept]) for look, row in rows]
 
 
 def _group_row(g: Group, colour: str) -> list[Cell]:
@@ -109,15 +127,19 @@ def _run_row(run: Run) -> list[Cell]:
 
 
 def _facts(runs: Sequence[Run]) -> list[Cell]:
-    """Parameters, steps, minutes and device; a mean of the minutes, and ranges where runs differ."""
+    """Parameters, steps, minutes, speed, memory and device: means, the most memory, and steps from least to most."""
     start = [run.last("start") for run in runs]
     steps = sorted({run.step for run in runs})
     devices = dict.fromkeys(_device(line) for line in start)
+    rates = [run.tokens_per_s for run in runs if run.tokens_per_s]
+    peaks = [run.peak_gib for run in runs if run.peak_gib]
     return [
         Cell(f"{start[0].get('parameters', 0):,}", "number soft"),
         Cell("–".join(f"{step:,}" for step in (steps if len(steps) == 1 else (steps[0], steps[-1]))), "number soft"),
         Cell(minutes(statistics.mean(run.seconds for run in runs)), "number soft"),
-        Cell(", ".join(devices), "soft fixed"),
+        Cell(f"{statistics.mean(rates):,.0f}" if rates else "–", "number soft"),
+        Cell(f"{max(peaks):.1f} GiB" if peaks else "–", "number soft"),
+        Cell(", ".join(devices), "soft"),
     ]
 
 

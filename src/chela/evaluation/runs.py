@@ -1,6 +1,7 @@
 """What lies in the folders of runs: settings, weights, journals, and which runs belong together."""
 
 import shlex
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,17 @@ class Run:
     def seconds(self) -> float:
         """Time spent training and evaluating, as far as it is known."""
         return max((line.get("seconds", 0.0) for line in self.journal), default=0.0)
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens trained on in a second: the median of the journal's lines, the first of which hold compiling."""
+        rates = [line["tokens_per_s"] for line in self.lines("train") if "tokens_per_s" in line]
+        return statistics.median(rates) if rates else None
+
+    @property
+    def peak_gib(self) -> float | None:
+        """The most memory that tensors took on the GPU (of the first process) at once, if there was one."""
+        return max((line["peak_gib"] for line in self.journal if "peak_gib" in line), default=None)
 
 
 @dataclass(frozen=True)
