@@ -135,7 +135,7 @@ def test_reports_land_in_the_folder_of_one_run_and_here_for_several(run, tmp_pat
 
 def test_doctor_shows_versions_devices_and_the_choice_for_every_op(tmp_path):
     out = succeed("doctor", "--root", tmp_path)
-    for word in (package.__version__, torch.__version__, "linear_attention", "short_conv", "long_conv", "reference"):
+    for word in (package.__version__, torch.__version__, "linear_attention", "feed_forward", "reference"):
         assert word in out
 
 

@@ -21,6 +21,7 @@ from chela.evaluation.doctor import diagnose
 from chela.evaluation.generate import generate_run, penalise, sample, until
 from chela.evaluation.runs import Run, command, group, load_run, place, read_run
 from chela.models import CausalLM, build, save_model
+from chela.ops.impl import WITH_TRITON
 from chela.presets import PRESETS, preset
 from chela.record import save_toml
 from cli_kit import chela, contents, train_bytes, train_digits, write_texts  # pyrefly: ignore
@@ -352,7 +353,7 @@ def test_the_diagnosis_covers_every_part(tmp_path):
     assert {"versions", "devices", "implementations", "optional packages", "data"} <= parts
     found = {name: text for _, name, text in rows}
     assert found["torch"] == torch.__version__
-    for op in ("linear_attention", "short_conv", "long_conv"):
+    for op in WITH_TRITON:
         assert found[op].startswith(("reference", "triton")), found[op]
 
 

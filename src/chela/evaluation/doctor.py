@@ -15,7 +15,6 @@ from chela.evaluation.selftest import known_issues, selftest
 from chela.evaluation.terminal import console_for_tables
 from chela.ops.impl import WITH_TRITON, resolve
 
-OPS = ("linear_attention", "short_conv", "long_conv")
 OPTIONAL = {
     "matplotlib": "curves in reports: install chela[plot]",
     "pillow": "the published images of Pathfinder: install chela[data]",
@@ -37,7 +36,7 @@ def diagnose(root: Path) -> list[tuple[str, str, str]]:
         *_gpus(),
     ]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows += [("implementations", op, _choice(op, device)) for op in OPS]
+    rows += [("implementations", op, _choice(op, device)) for op in sorted(WITH_TRITON)]
     rows += [("GPUs and Triton", pair, text) for pair, text in _issues()]
     rows += [("optional packages", name, version(name) or f"not installed ({use})") for name, use in OPTIONAL.items()]
     return rows + [("data", name, text) for name, text in inventory(root)]
@@ -97,6 +96,4 @@ def _choice(op: str, device: torch.device) -> str:
         chosen = resolve("auto", device, op)
     except ValueError as error:
         return f"cannot run: {error}"
-    if op not in WITH_TRITON:
-        return f"{chosen} (it has no Triton kernels)"
     return f"{chosen} (on {'a GPU' if device.type == 'cuda' else 'a CPU'})"
