@@ -1,10 +1,16 @@
-"""Large prepared arrays: made block by block, stopped and gone on with."""
+"""Prepared data: whole or not at all; large arrays are made block by block, stopped and gone on with."""
+
+import os
+import platform
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from chela.data import cache
-from chela.data.cache import prepared_rows
+from chela.data.cache import prepared, prepared_rows
 
 
 @pytest.fixture(autouse=True)
@@ -111,3 +117,26 @@ def test_damaged_rows_are_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(ValueError, match=r"prepared data are damaged .* delete"):
         make(tmp_path, rows)
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from chela.data.cache import prepared
+
+prepared(pathlib.Path(sys.argv[1]), "words", {}, lambda: os.kill(os.getpid(), signal.SIGKILL))
+"""
+
+
+def test_what_a_killed_process_left_is_deleted_when_the_same_is_prepared_again(tmp_path):
+    killed = subprocess.run([sys.executable, "-c", KILLED, tmp_path], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = (tmp_path / "prepared").iterdir()
+    stem = left.name.removesuffix(f".{platform.node()}.{left.name.split('.')[-2]}.tmp")
+    here = platform.node()
+    others = {f"{stem}.{here}.{os.getppid()}.tmp", f"{stem}.{here}x.1.tmp", f"{stem}.part.tmp", f"x{left.name}"}
+    for name in (*others, f"{stem}.{here}.{os.getpid()}.tmp"):
+        left.with_name(name).mkdir()
+    found = prepared(tmp_path, "words", {}, lambda: {"a": np.arange(3)})
+    assert found["a"].tolist() == [0, 1, 2]
+    remaining = {path.name for path in (tmp_path / "prepared").iterdir()}
+    assert remaining == {stem, *others}, "living processes, other machines and other data keep theirs"

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import platform
 import shutil
 import time
 from collections.abc import Callable
@@ -61,7 +62,8 @@ def prepared_folder(root: Path, name: str, key: dict[str, Any], write: Callable[
     folder = _folder(root, name, key)
     if not folder.is_dir():
         _writable(folder)
-        aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+        _sweep(folder)
+        aside = folder.with_name(f"{folder.name}.{platform.node()}.{os.getpid()}.tmp")
         try:
             aside.mkdir()
             write(aside)
@@ -163,6 +165,25 @@ def _write(path: Path, offset: int, content: bytes | memoryview) -> None:
 def _folder(root: Path, name: str, key: dict[str, Any]) -> Path:
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
     return root.expanduser() / "prepared" / f"{name}-{digest}"
+
+
+def _sweep(folder: Path) -> None:
+    """Delete what was left when processes of this machine were killed while they prepared the same."""
+    for path in folder.parent.glob(f"{folder.name}.*.tmp"):
+        *node, pid = path.name.removeprefix(f"{folder.name}.").removesuffix(".tmp").split(".")
+        if ".".join(node) == platform.node() and pid.isdigit() and not _runs(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    """Whether another process of this machine has the number; our own was an earlier one's before."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return pid != os.getpid()
 
 
 def _writable(folder: Path) -> None:
