@@ -134,8 +134,10 @@ def test_peers_that_are_not_there_or_fail_are_named_and_left_out(tmp_path, conso
     assert "gone: skipped, no_such_package is not installed" in text
     assert "broken at B1 T9 D4 W3: RuntimeError: no such kernel" in text
     assert "elsewhere" not in text
+    assert text.count("/ours") == 2, "a ratio for each pass"
     rows = run_bench(["short-conv"], peers=False, **words)
     assert {row["implementation"] for row in rows} == {"chela reference"}
+    assert table(console).count("/ours") == 2, "no column for peers where there are none"
 
 
 def test_peers_that_tune_themselves_meet_shapes_that_are_timed():

@@ -9,21 +9,18 @@ import datetime
 import importlib.metadata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TextIO
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
 from chela.evaluation import bench_plot
 from chela.evaluation.bench_cases import SUITES
 from chela.evaluation.bench_generation import bench_generation
 from chela.evaluation.bench_suite import Contender, Inputs, Shape, Suite
+from chela.evaluation.bench_table import Measured, flatness, shape_text, table
 from chela.evaluation.bench_training import bench_training
 from chela.evaluation.runs import place
 from chela.evaluation.timing import Time, copy_speed, measure
@@ -34,7 +31,6 @@ from chela.record import nearest
 from chela.training.device import compute_type
 from chela.training.journal import surroundings
 
-PASSES = ("forward", "forward+backward")
 MODELS = {"training": bench_training, "generation": bench_generation}
 """Whole models, timed when asked for by name: they take minutes."""
 COLUMNS = (
@@ -42,19 +38,6 @@ COLUMNS = (
     *("floor_ms", "ratio_to_floor", "copy_gb_per_s", "first_s", "peak_mib", "row_mib"),
     *("worst_relative_error", "device", "threads", "chela", "torch", "triton", "python", "commit", "date"),
 )
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One contender at one shape."""
-
-    contender: Contender
-    shape: Shape
-    times: dict[str, Time] = field(default_factory=dict)
-    floors: dict[str, float] = field(default_factory=dict)
-    """Milliseconds by pass; none where a copy's speed is not the limit."""
-    error: float | None = None
-    """Largest relative error of a value or gradient in the check; None for a peer."""
 
 
 def run_bench(
@@ -112,8 +95,8 @@ def run_bench(
             writer.writerows(new)
             file.flush()
             rows += new
-            console.print(_table(suite, measured))
-            for line in _flatness(suite, measured) if suite.flat else ():
+            console.print(table(suite, measured))
+            for line in flatness(suite, measured) if suite.flat else ():
                 console.print(line, highlight=False, markup=False)
         for name in (name for name in MODELS if name in ops):
             chosen = (shapes or {}).get(name)
@@ -201,7 +184,7 @@ def _time(
             if contender.impl:
                 raise
             said = " ".join(str(error).split())[:200]  # a peer that cannot is a finding, no reason to stop
-            where = f"{contender.name} at {_shape(shape)}"
+            where = f"{contender.name} at {shape_text(shape)}"
             console.print(f"{where}: {type(error).__name__}: {said}", highlight=False, markup=False)
             continue
         floors = _floors(inputs, out, speed) if suite.floor else {}
@@ -240,7 +223,7 @@ def _rows(suite: Suite, m: Measured, dtype: torch.dtype) -> list[dict[str, objec
         {
             "op": suite.op,
             "implementation": m.contender.name,
-            "shape": _shape(m.shape),
+            "shape": shape_text(m.shape),
             "dtype": str(dtype).removeprefix("torch."),
             "pass": name,
             "median_ms": f"{time.median:.5g}",
@@ -254,55 +237,6 @@ def _rows(suite: Suite, m: Measured, dtype: torch.dtype) -> list[dict[str, objec
         }
         for name, time in m.times.items()
     ]
-
-
-def _table(suite: Suite, measured: Sequence[Measured]) -> Table:
-    """Median times, in floors too; for ours how often they fit into the fastest peer's: above 1 won, below lost."""
-    passes = PASSES if suite.backward else PASSES[:1]
-    table = Table(title=suite.op, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=0)
-    table.add_column("", no_wrap=True, min_width=22)
-    for name in passes:
-        table.add_column(f"{name.removeprefix('forward') or name}\nms", justify="right", min_width=9)
-        if suite.floor:
-            table.add_column("ms /\nfloor", justify="right", min_width=5)
-        table.add_column("peer\n/ours", justify="right", min_width=5)
-    table.add_column(f"tokens/s\n{passes[-1].removeprefix('forward')}", justify="right", min_width=11)
-    for shape in {_shape(m.shape): m.shape for m in measured}.values():
-        here = [m for m in measured if m.shape == shape]
-        peers = [m for m in here if not m.contender.impl]
-        table.add_row(Text(_shape(shape), style="bold"))
-        for m in here:
-            cells: list[str | Text] = [f"  {m.contender.name}"]
-            for name in passes:
-                best = min((peer.times[name].median for peer in peers), default=None)
-                ratio = best / m.times[name].median if best and m.contender.impl else None
-                won = Text(_ratio(ratio), style="green" if ratio >= 1 else "red") if ratio else ""
-                cells += [f"{m.times[name].median:.3f}"]
-                cells += [_ratio(m.times[name].median / m.floors[name])] if m.floors else []
-                cells += [won]
-            table.add_row(*cells, f"{1000 * suite.tokens(shape) / m.times[passes[-1]].median:,.0f}")
-    return table
-
-
-def _flatness(suite: Suite, measured: Sequence[Measured]) -> Iterator[str]:
-    """How far the time of a token goes with the length: the slowest over the fastest, by contender and pass."""
-    for name in dict.fromkeys(m.contender.name for m in measured):
-        ours = [m for m in measured if m.contender.name == name]
-        lengths = [m.shape["T"] for m in ours]
-        for part in ours[0].times:
-            each = [1e6 * m.times[part].median / suite.tokens(m.shape) for m in ours]
-            yield (
-                f"{name}, {part}: {min(each):,.2f} to {max(each):,.2f} ns a token from T {min(lengths):,} to "
-                f"{max(lengths):,}, flat to {100 * (max(each) / min(each) - 1):.1f} %"
-            )
-
-
-def _ratio(value: float) -> str:
-    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
-
-
-def _shape(shape: Shape) -> str:
-    return " ".join(f"{axis}{size}" for axis, size in shape.items())
 
 
 def _provenance(device: torch.device) -> dict[str, object]:
