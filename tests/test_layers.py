@@ -355,6 +355,7 @@ def test_a_block_with_batch_norm_compiles_whole():
         (lambda: ShortLongConv(D, kernel_length=8, kernel="multiscale", taps_per_octave=0), "taps_per_octave must be"),
         (lambda: ShortLongConv(D, kernel_length=8, branches=(3, 0)), "branches must be positive"),
         (lambda: ShortLongConv(D, kernel_length=8, tap_dropout=1.0), "tap_dropout lie in"),
+        (lambda: ChelaLayer(D, kernel_length=0, short_width=0, attention=False), "nothing mixes the sequence"),
     ],
 )
 def test_mistakes_are_named(make, part):

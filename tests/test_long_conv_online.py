@@ -271,3 +271,8 @@ def test_a_step_refuses_what_does_not_fit(changes, message):
     with pytest.raises(ValueError, match=message):
         long_conv_step(**{"x": X[:, 0], "kernel": KERNEL, "state": state} | changes)
     assert state.clock == 0
+
+
+def test_a_state_is_shown_by_its_sizes():
+    state = long_conv_online_state(torch.zeros(2, 5, 3), torch.ones(3, 40), clock=4, block=4, epoch=16)
+    assert repr(state) == "OnlineState(b=2, d=3, lags=40, clock=4, block=4, epoch=16, float32 on cpu)"

@@ -49,6 +49,9 @@ class ChelaLayer(nn.Module):
         squash: soft threshold on the long taps.
         tap_dropout: share of long taps dropped while training.
         dropout: on h while training.
+
+    Raises:
+        ValueError: neither attention nor a convolution, or what the parts refuse.
     """
 
     def __init__(
@@ -73,6 +76,8 @@ class ChelaLayer(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        if not (attention or kernel_length or short_width):
+            raise ValueError("nothing mixes the sequence: switch on attention, kernel_length or short_width")
         self.d_model = d_model
         self.convolution = ShortLongConv(
             d_model,

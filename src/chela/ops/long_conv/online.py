@@ -42,7 +42,7 @@ CHANNELS = 32
 """Channels of a Triton program."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class OnlineState:
     """What the online convolution keeps; `long_conv_step` changes it in place. All but the last five have the batch.
 
@@ -77,6 +77,13 @@ class OnlineState:
     def epoch(self) -> int:
         """M."""
         return self.inputs.shape[1]
+
+    def __repr__(self) -> str:
+        (batch, epoch, channels), kind = self.inputs.shape, str(self.inputs.dtype).removeprefix("torch.")
+        return (
+            f"OnlineState(b={batch}, d={channels}, lags={self.lags}, clock={self.clock}, block={self.block}, "
+            f"epoch={epoch}, {kind} on {self.inputs.device})"
+        )
 
     def tensors(self) -> list[Tensor]:
         """What belongs to the rows: past, inputs, pending, position."""
