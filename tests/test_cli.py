@@ -131,6 +131,10 @@ def test_reports_land_in_the_folder_of_one_run_and_here_for_several(run, tmp_pat
     assert re.search(r"^digits +2 of 2 done +[\d.]+ %", out, re.MULTILINE), "one seed has no deviation"
     assert (tmp_path / "report.html").is_file()
     assert "p.html" in succeed("report", run, "--out", tmp_path / "p.html")
+    out = succeed("report", run, "--out", tmp_path / "p.html", "--pictures", tmp_path / "pictures" / "digits")
+    assert "digits-minutes.svg" in out
+    parts = {f"digits-{part}{against}" for part in ("", "loss-") for against in ("steps", "tokens", "minutes")}
+    assert {path.stem for path in (tmp_path / "pictures").glob("*.svg")} == parts, "a new journal knows them all"
 
 
 def test_doctor_shows_versions_devices_and_the_choice_for_every_op(tmp_path):
