@@ -5,12 +5,11 @@ are the same or fewer. It is made for a state, which it changes in place, and fi
 in the forms that language models take; `fused_step` says None to all others, whose blocks then step as they are.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from chela.layers import ChelaBlock, LayerState
 from chela.layers.long_kernel import FoldedKernel
@@ -28,15 +27,18 @@ WIDEST = 8192
 
 
 class _Product:
-    """`x W^T + b` by weights that are cast once."""
+    """`activation(x W^T + b)` by weights that are cast, and joined where several meet the same x, once."""
 
-    def __init__(self, dtype: torch.dtype, *parts: nn.Linear) -> None:
+    def __init__(
+        self, dtype: torch.dtype, *parts: nn.Linear, activation: Literal["none", "silu", "swiglu"] = "none"
+    ) -> None:
         biases = [part.bias for part in parts]
         self.weight = torch.cat([part.weight.detach().to(dtype) for part in parts])
         self.bias = None if biases[0] is None else torch.cat([bias.detach().to(dtype) for bias in biases])
+        self.activation: Literal["none", "silu", "swiglu"] = activation
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return decoding.product(x, self.weight, self.bias, self.activation)
 
 
 class _ChelaStep:
@@ -62,7 +64,7 @@ class _ChelaStep:
         self.feed_forward = None
         if block.feed_forward is not None:
             first, last = block.feed_forward[0], block.feed_forward[3]
-            self.feed_forward = _Product(dtype, first), _Product(dtype, last)  # pyrefly: ignore
+            self.feed_forward = _Product(dtype, first, activation="silu"), _Product(dtype, last)  # pyrefly: ignore
 
     def __call__(self, x: Tensor, more: Tensor | None, state: LayerState) -> tuple[Tensor, Tensor | None]:
         """The stream after the gate, and what the feed-forward part will add to it."""
@@ -74,7 +76,7 @@ class _ChelaStep:
         if self.feed_forward is None:
             return x, None
         first, last = self.feed_forward
-        return x, last(F.silu(first(y), inplace=True))
+        return x, last(first(y))
 
 
 class _TransformerStep:
@@ -85,7 +87,10 @@ class _TransformerStep:
         self.rates = rotary_rates(block.mixer.qkv.in_features // block.mixer.heads, self.qkv.weight.device)
         self.feed_forward = None
         if isinstance(block.feed_forward, SwiGLU):
-            self.feed_forward = _Product(dtype, block.feed_forward.gate_up), _Product(dtype, block.feed_forward.down)
+            self.feed_forward = (
+                _Product(dtype, block.feed_forward.gate_up, activation="swiglu"),
+                _Product(dtype, block.feed_forward.down),
+            )
 
     def __call__(self, x: Tensor, more: Tensor, state: KeyValues, position: Tensor) -> tuple[Tensor, Tensor]:
         x, y = decoding.add_norm(x, more, self.norm, self.dtype)
@@ -95,7 +100,7 @@ class _TransformerStep:
             return x, mixed
         x, y = decoding.add_norm(x, mixed, self.feed_forward_norm, self.dtype)
         gate_up, down = self.feed_forward
-        return x, down(decoding.swiglu(gate_up(y)))
+        return x, down(gate_up(y))
 
 
 class FusedStep:

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from chela.ops.launch import ceil, power
 from chela.ops.long_conv.online import OnlineState
@@ -19,6 +20,10 @@ CHANNELS = 32
 """Channels of a program of the convolutions."""
 COLUMNS = 1024
 """Columns of a program of SwiGLU."""
+FEW_ROWS = 4
+"""Rows up to which a product's own kernel stands in for cuBLAS: it is then a reading of the weights."""
+TILE = 8192
+"""Weights times rows that a program of it holds."""
 LARGEST_HEAD = 2**15
 """Numbers of a head's K x V that a program holds."""
 PLACES = 64
@@ -150,13 +155,32 @@ def gate(
     return total, y
 
 
-def swiglu(gate_up: Float[Tensor, "b 2f"]) -> Float[Tensor, "b f"]:
-    """`silu(gate) * up` of two halves."""
+def product(
+    x: Float[Tensor, "b k"],
+    weight: Float[Tensor, "n k"],
+    bias: Float[Tensor, " n"] | None,
+    activation: Literal["none", "silu", "swiglu"] = "none",
+) -> Float[Tensor, "b n_or_half_n"]:
+    """`activation(x W^T + b)`; "swiglu" is `silu(gate) * up` of the two halves. For more than FEW_ROWS by cuBLAS."""
     from chela.ops.decoding import kernels
 
-    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out = gate_up.new_empty(rows, width)
-    kernels.swiglu[(ceil(width, COLUMNS), rows)](gate_up, out, width, COLUMNS=COLUMNS, num_warps=4)
+    (rows, width), outputs = x.shape, weight.shape[0] // (2 if activation == "swiglu" else 1)
+    if rows > FEW_ROWS:
+        y = F.linear(x, weight, bias)
+        if activation == "none":
+            return y
+        if activation == "silu":
+            return F.silu(y, inplace=True)
+        out = x.new_empty(rows, outputs)
+        kernels.swiglu[(ceil(outputs, COLUMNS), rows)](y, out, outputs, COLUMNS=COLUMNS, num_warps=4)
+        return out
+    out, few = x.new_empty(rows, outputs), power(rows)
+    n = min(16, max(2, power(outputs) // 128))  # about a program a processor
+    kernels.product[(ceil(outputs, n),)](
+        x, weight, bias, out, rows, outputs,
+        WIDTH=width, ROWS=few, BLOCK_N=n, BLOCK_K=min(power(width), max(64, TILE // (few * n))),
+        ACTIVATION=activation, BIASED=bias is not None, num_warps=4,
+    )  # fmt: skip
     return out
 
 

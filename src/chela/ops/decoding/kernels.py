@@ -164,6 +164,44 @@ def gate(
         tl.store(y_out + b * D + c, y.to(y_out.dtype.element_ty), mask=real)
 
 
+@jit("rows", "outputs")
+def product(
+    x, weight, bias, out, rows, outputs,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ACTIVATION: tl.constexpr, BIASED: tl.constexpr,
+):  # fmt: skip
+    """Multiply, activation(x W^T + b), by rows so few that the time is that of reading W: a program BLOCK_N outputs.
+
+    "swiglu" is silu(g) u, g and u the halves of x W^T + b.
+    """
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    r = tl.arange(0, ROWS)
+    real = n < outputs
+    total = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    up = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    for first in range(0, WIDTH, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        part = tl.load(x + r[:, None] * WIDTH + k[None, :], mask=(r < rows)[:, None] & (k < WIDTH)[None, :], other=0)
+        part = part.to(tl.float32)[:, None, :]  # [ROWS, 1, BLOCK_K]
+        at = weight + n[:, None] * WIDTH + k[None, :]
+        held = real[:, None] & (k < WIDTH)[None, :]
+        w = tl.load(at, mask=held, other=0)  # [BLOCK_N, BLOCK_K]
+        total += tl.sum(part * w.to(tl.float32)[None, :, :], 2)
+        if ACTIVATION == "swiglu":
+            w = tl.load(at + outputs * WIDTH, mask=held, other=0)
+            up += tl.sum(part * w.to(tl.float32)[None, :, :], 2)
+    if BIASED:
+        total += tl.load(bias + n, mask=real, other=0).to(tl.float32)[None, :]
+        if ACTIVATION == "swiglu":
+            up += tl.load(bias + outputs + n, mask=real, other=0).to(tl.float32)[None, :]
+    if ACTIVATION != "none":
+        total *= tl.sigmoid(total)
+    if ACTIVATION == "swiglu":
+        total *= up
+    at = out + r[:, None] * outputs + n[None, :]
+    tl.store(at, total.to(out.dtype.element_ty), mask=(r < rows)[:, None] & real[None, :])
+
+
 @jit("width")
 def swiglu(gate_up, out, width, COLUMNS: tl.constexpr):
     """silu(gate) * up: a program a row and COLUMNS of it."""
