@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from chela.config import ModelConfig
 from chela.models import CausalLM
@@ -14,6 +15,7 @@ from chela.models.fused_step import fused_step
 from chela.ops import decoding
 
 pytest.importorskip("triton")
+from chela.ops.decoding import cached_kernels, kernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # a CPU runs Triton's interpreter
 CHELA = ModelConfig(
@@ -172,6 +174,45 @@ def test_blocks_of_other_forms_step_as_they_are(changes):
     assert fused_step(model, state, "triton") is not None
     assert fused_step(model, state, "reference") is None
     assert fused_step(model.double(), state, "triton") is None
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that make numbers, and kernels instead of running them."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.count = 0
+        for module, names in ((kernels, "add_norm convolve attend gate product swiglu"),
+                              (cached_kernels, "place partial combine")):  # fmt: skip
+            for name in names.split():
+                monkeypatch.setattr(module, name, self)
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, *args, **options):
+        self.count += 1
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        views = "view slice t transpose unsqueeze squeeze expand detach alias empty new_empty empty_like"
+        self.count += func.overloadpacket.__name__ not in views.split()
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(("config", "few", "many"), [(CHELA, 8, 9), (TRANSFORMER, 9, 10)], ids=["chela", "Transformer"])
+@torch.no_grad()
+def test_launches_of_a_block(config, few, many, monkeypatch):
+    counts = {}
+    for rows in (1, decoding.FEW_ROWS + 1):
+        for layers in (1, 2):
+            model, tokens = make(replace(config, layers=layers)), draw(rows)
+            decoder = Decoder(model, model.prefill(tokens[:, :10], impl="reference")[1], impl="triton")
+            with monkeypatch.context() as patch, Launches(patch) as launches:
+                decoder._token = tokens[:, 10]
+                decoder._emit(decoder._state)
+            counts[rows, layers] = launches.count
+        assert counts[rows, 2] - counts[rows, 1] == (few if rows == 1 else many)
+        assert counts[rows, 1] <= counts[rows, 2] / 2 + 4
 
 
 @pytest.mark.gpu
