@@ -1,4 +1,4 @@
-"""The long convolution by transforms on the matrix units: rows on the chip, rows in two stages, and when they run.
+"""The long convolution by transforms on the matrix units: rows on the chip or in two stages, and when they run.
 
 The rest of what holds for rows on the chip is in `test_long_conv_triton.py`, with the other methods.
 """
@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from chela.ops import long_conv
-from chela.ops.long_conv import fused, method, on_chip, two_stage
+from chela.ops.long_conv import fused, method, on_chip, panels, two_stage
 from chela.ops.long_conv.fourier import fft_conv
 from chela.ops.long_conv.method import choose
 from chela.ops.random_inputs import draw, long_conv_inputs
@@ -21,16 +21,17 @@ from test_long_conv_triton import check, convolve, high_precision, inputs_of, pl
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF, BRAIN = torch.float16, torch.bfloat16
-LONGEST = {"on_chip": 1024, "two_stage": 4096}
+LONGEST = {"on_chip": 1024, "panels": 4096, "two_stage": 4096}
 """Rows in these tests."""
 LEAK = 2**-9
 """Of the largest entry of a row and of the kernel's frequency response: what the public docstring states."""
 
 
-@pytest.fixture(params=["on_chip", "two_stage"])
+@pytest.fixture(params=[*LONGEST])
 def name(request, monkeypatch):
     """A method whose choice is taken away, with short rows."""
-    monkeypatch.setitem(two_stage.SIZES, LONGEST["two_stage"], two_stage.Size(16, 16, 16, 4, 1))
+    monkeypatch.setitem(panels.SIZES, LONGEST["panels"], panels.Size(16, 16, 16, 4))
+    monkeypatch.setitem(two_stage.SIZES, LONGEST["two_stage"], two_stage.Size(16, 16, 16, 4))
     monkeypatch.setattr(fused, "choose", lambda *sizes: request.param)
     return request.param
 
@@ -58,6 +59,44 @@ def test_a_full_row_never_wraps_around(name, causal):
     expected = values_and_gradients(form, {name: x.double() for name, x in inputs.items()}, rounded_to=HALF)
     for each in actual:
         assert relative_error(actual[each], expected[each]) <= 2**-9, each
+
+
+@pytest.mark.parametrize("length", [14_113, 65_537])
+@pytest.mark.parametrize("part", ["one tap", "a few", "a third", "all", "more", "both ways"])
+def test_rows_of_their_real_length(length, part, monkeypatch):
+    monkeypatch.setattr(fused, "choose", lambda *sizes: "panels")
+    lags = {"one tap": 1, "a few": 7, "a third": length // 3, "all": length, "more": length + 50}.get(part, length)
+    reverse, state = (length - 1, None) if part == "both ways" else (None, min(lags - 1, 100))
+    inputs = inputs_of(1, length, 2, lags, reverse=reverse, state=state, dtype=HALF)
+    op = functools.partial(long_conv, causal=reverse is None, return_state=reverse is None, impl="triton")
+    actual = values_and_gradients(op, inputs)
+    form = functools.partial(plain, form=fft_conv)
+    expected = values_and_gradients(form, {name: x.double() for name, x in inputs.items()}, rounded_to=HALF)
+    for each in expected:
+        assert relative_error(actual[each], expected[each]) <= 2**-9, each
+
+
+def test_two_runs_are_bit_equal_whatever_the_layout(name):
+    inputs = inputs_of(2, 140, 2, 150, state=20, dtype=BRAIN)
+    expected = values_and_gradients(convolve, inputs)
+    for layout in ("contiguous", "sliced", "transposed"):
+        other = inputs_of(2, 140, 2, 150, state=20, dtype=BRAIN, layout=layout)
+        actual = values_and_gradients(convolve, other)
+        assert all(torch.equal(actual[each], expected[each]) for each in expected)
+
+
+def test_the_op_is_well_registered(name):
+    history = draw(1, 30, 2, seed=0, dtype=BRAIN, layout="transposed", device=DEVICE)
+    leaves = [history, *(draw(2, lags, seed=lags, device=DEVICE) for lags in (25, 24))]
+    torch.library.opcheck(torch.ops.chela.long_conv.default, (*(leaf.requires_grad_() for leaf in leaves), 25))
+
+
+@pytest.mark.parametrize("size", [panels.Size(16, 32, 16, 4, part=4, sum_part=2), panels.Size(16, 16, 32, 4)])
+def test_programs_that_take_a_part_of_a_panel_and_several_tiles_in_a_row(size, monkeypatch):
+    monkeypatch.setitem(panels.SIZES, 8192, size)
+    monkeypatch.setattr(fused, "choose", lambda *sizes: "panels")
+    op = functools.partial(long_conv, causal=False, impl="triton")
+    check(op, inputs_of(2, 500, 11, 400, reverse=499, dtype=BRAIN))
 
 
 def test_more_rows_than_one_program_sums(monkeypatch):
@@ -134,8 +173,9 @@ def test_the_method_by_shape():
         (2048, "toeplitz"),
         (4096, "on_chip"),
         (8192, "on_chip"),
-        (14_113, "two_stage"),
-        (65_537, "two_stage"),
+        (14_113, "panels"),
+        (2**17, "panels"),
+        (2**17 + 1, "two_stage"),
         (2**20, "two_stage"),
         (2**20 + 1, "transform"),
     ]:
@@ -149,14 +189,16 @@ def test_the_method_by_shape():
 
 
 def test_the_choice_knows_the_longest_rows():
-    assert method.LONGEST == {"on_chip": on_chip.LONGEST, "two_stage": two_stage.LONGEST}
-    for sizes in (on_chip.SIZES, two_stage.SIZES):
-        for n, size in sizes.items():
+    modules = {"on_chip": on_chip, "panels": panels, "two_stage": two_stage}
+    assert {name: module.LONGEST for name, module in modules.items()} == method.LONGEST
+    assert [*method.LONGEST.values()] == sorted(method.LONGEST.values())
+    for module in modules.values():
+        for n, size in module.SIZES.items():
             assert n == math.prod(value for key, value in size._asdict().items() if key.startswith("n"))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("length", [4096, 8192, 14_113, 65_537])
+@pytest.mark.parametrize("length", [4096, 8192, 14_113, 65_537, 140_000])
 @pytest.mark.parametrize("causal", [True, False])
 def test_bfloat16_on_a_gpu(length, causal, nan_memory):
     channels = 24 if length < 20_000 else 6

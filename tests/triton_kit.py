@@ -17,7 +17,8 @@ import torch
 
 MODULES = [
     "feed_forward.fused", "gated_output.fused", "linear_attention.fused", "linear_attention.plan",
-    "long_conv.fused", "long_conv.on_chip", "long_conv.toeplitz", "long_conv.two_stage", "short_conv.fused",
+    "long_conv.fused", "long_conv.on_chip", "long_conv.panels", "long_conv.toeplitz", "long_conv.two_stage",
+    "short_conv.fused",
 ]  # fmt: skip
 HALF = {"dtype": torch.bfloat16}
 

@@ -52,10 +52,11 @@ torch.library.define("chela::packed_long_conv_backward", f"(Tensor grad, {_PACKE
 
 
 def _method(history: Tensor, kernel: Tensor, reverse: Tensor, length: int) -> Any:
-    from chela.ops.long_conv import on_chip, toeplitz, transform, two_stage
+    from chela.ops.long_conv import on_chip, panels, toeplitz, transform, two_stage
 
     name = choose(history.dtype, history.shape[1], length, kernel.shape[1], reverse.shape[1])
-    return {"toeplitz": toeplitz, "on_chip": on_chip, "two_stage": two_stage, "transform": transform}[name]
+    methods = {"toeplitz": toeplitz, "on_chip": on_chip, "panels": panels, "two_stage": two_stage}
+    return methods.get(name, transform)
 
 
 @torch.library.impl("chela::long_conv", "default")

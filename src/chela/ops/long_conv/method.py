@@ -7,11 +7,11 @@ from typing import Literal
 
 import torch
 
-Method = Literal["toeplitz", "on_chip", "two_stage", "transform"]
+Method = Literal["toeplitz", "on_chip", "panels", "two_stage", "transform"]
 
-LONGEST = {"on_chip": 2**13, "two_stage": 2**20}
-"""Inputs a row of these methods may have, a power of two."""
-BEATEN = {"on_chip": 1400, "two_stage": 4000, "transform": 4000}
+LONGEST: dict[Method, int] = {"on_chip": 2**13, "panels": 2**17, "two_stage": 2**20}
+"""Inputs a row of these methods may have, a power of two; the first that has room is the fastest of them."""
+BEATEN: dict[Method, int] = {"on_chip": 1400, "panels": 2500, "two_stage": 4000, "transform": 4000}
 """Lags an output sees on average, up to which Toeplitz tiles beat a method, were its rows full."""
 
 
@@ -19,8 +19,8 @@ def choose(dtype: torch.dtype, history: int, length: int, lags: int, ahead: int)
     """Name the method for `length` outputs at the end of `history` inputs.
 
     Toeplitz tiles do O(T L) work on the matrix units, which take 16-bit numbers. Rows on the chip, or in two stages
-    through memory, do O(T sqrt T) or less there, of rows padded to a power of two. Transforms do O(T log T) work in
-    float32, moving the data about ten times.
+    through memory, in panels of channels or one by one, do O(T sqrt T) or less there, of rows padded to a power of
+    two. Transforms do O(T log T) work in float32, moving the data about ten times.
 
     Args:
         dtype: of the input.
@@ -31,11 +31,8 @@ def choose(dtype: torch.dtype, history: int, length: int, lags: int, ahead: int)
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return "transform"
-    method: Method = "transform"
-    padding = 1.0
-    if history <= LONGEST["two_stage"]:
-        method = "on_chip" if history <= LONGEST["on_chip"] else "two_stage"
-        padding = (1 << (history - 1).bit_length()) / history  # of work, by the row's length
+    method: Method = next((name for name, most in LONGEST.items() if history <= most), "transform")
+    padding = (1 << (history - 1).bit_length()) / history if method in LONGEST else 1.0  # of work, by the row's length
     reach = _mean_reach(lags, history - length, length) + _mean_reach(ahead, 0, length)
     return "toeplitz" if reach <= BEATEN[method] * padding else method
 

@@ -1,4 +1,4 @@
-"""The long convolution of rows longer than a chip holds: the transforms of `on_chip.py` in two stages through memory.
+"""The long convolution of the longest rows: the transforms of `on_chip.py` in two stages through memory.
 
 The row of N times lies on the circle z^N = i as there, and N = N0 Ni. An outer stage takes tiles of columns through a
 transform over N0 points; an inner one takes each of the N0 rows of Ni = N1 N2 through a transform on the chip,
@@ -28,18 +28,12 @@ class Size(NamedTuple):
     n2: int
     warps: int
     """Of the inner stage."""
-    stages: int
-    """Of the loop over the batch, in the gradient of the taps: 1 where shared memory holds no second row."""
 
 
 SIZES = {
-    2**14: Size(16, 32, 32, 4, 3),
-    2**15: Size(32, 32, 32, 4, 3),
-    2**16: Size(64, 32, 32, 4, 3),
-    2**17: Size(128, 32, 32, 4, 3),
-    2**18: Size(128, 64, 32, 4, 1),
-    2**19: Size(128, 64, 64, 8, 1),
-    2**20: Size(128, 128, 64, 8, 1),
+    2**18: Size(128, 64, 32, 4),
+    2**19: Size(128, 64, 64, 8),
+    2**20: Size(128, 128, 64, 8),
 }
 """By N."""
 LONGEST = max(SIZES)
@@ -186,7 +180,7 @@ def _correlate(g: Spectrum, x: Spectrum, n: int, kernel: Tensor, reverse: Tensor
     powers = torch.empty(channels, size.n0, dtype=torch.float32, device=device)
     batch = g[0].shape[0] // channels
     kernels.inner_correlate[(channels, size.n0)](
-        *g, *x, z, powers, *_tables(size, device)[1], batch, TILE=TILE, num_stages=size.stages, **_cut(size)
+        *g, *x, z, powers, *_tables(size, device)[1], batch, TILE=TILE, num_stages=1, **_cut(size)
     )
     d_kernel, d_reverse = (torch.empty(taps.shape, dtype=taps.dtype, device=device) for taps in (kernel, reverse))
     lags, ahead = kernel.shape[1], reverse.shape[1]
