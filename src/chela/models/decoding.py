@@ -2,9 +2,10 @@
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from chela.layers import ChelaBlock
+from chela.layers.long_kernel import FoldedKernel
 from chela.models.causal_lm import CausalLM
 from chela.models.fused_step import fused_step
 from chela.models.state import ChelaState
@@ -40,6 +41,7 @@ class Decoder:
         self.impl: Impl = impl
         self._model = model
         self._state = model.online(state, room=room) if model.config.merged else state
+        self._taps = [_folded(block) for block in model.backbone.blocks]
         self._graph: torch.cuda.CUDAGraph | None = None
         self._fused = None
         if record and model.config.merged:
@@ -147,13 +149,11 @@ class Decoder:
         if isinstance(self._state.layers[0], KeyValues):
             self._written += 1
             return
-        for block, layer in zip(self._model.backbone.blocks, self._state.layers, strict=True):
+        for taps, layer in zip(self._taps, self._state.layers, strict=True):
             long = layer.convolution.long  # pyrefly: ignore
             if isinstance(long, OnlineState):
-                assert isinstance(block, ChelaBlock)
-                kernel = block.layer.convolution.kernel
-                assert kernel is not None
-                advance(long, kernel().forward)
+                assert taps is not None
+                advance(long, taps)
 
     def _make_room(self) -> None:
         """Where a Transformer's keys and values have taken all places, move to twice as many and record anew."""
@@ -163,6 +163,12 @@ class Decoder:
             self._state = ChelaState(
                 tuple(with_room(layer) if isinstance(layer, KeyValues) else layer for layer in self.state.layers)
             )
+
+
+def _folded(block: nn.Module) -> Tensor | None:
+    """The long kernel of a merged block, [D, L]."""
+    kernel = block.layer.convolution.kernel if isinstance(block, ChelaBlock) else None
+    return kernel.past.detach() if isinstance(kernel, FoldedKernel) else None
 
 
 def _online(state: ChelaState) -> list[OnlineState]:
