@@ -1,3 +1,4 @@
+import importlib
 import itertools
 import json
 import math
@@ -26,6 +27,7 @@ from chela.presets import PRESETS, preset
 from chela.record import save_toml
 from cli_kit import chela, contents, train_bytes, train_digits, write_texts  # pyrefly: ignore
 
+generate_module = importlib.import_module("chela.evaluation.generate")  # its name is that of its function
 TINY = ModelConfig(
     kind="causal-lm", causal=True, vocab=11, layers=2, d_model=8, d_ff=8, d_key=4, d_value=8, kernel_length=16,
     branches=(3,),
@@ -125,6 +127,45 @@ def test_generation_is_the_continuation_that_whole_passes_give(model):
     prompt = [3, 1, 4, 1, 5]
     found = [int(token) for token in generate(model, [prompt], 20, temperature=0)]
     assert found == greedy(model, prompt, 20), "20 tokens: past the kernel's 16 lags too"
+
+
+def test_products_are_narrow_while_a_model_computes_and_at_no_other_time(model, monkeypatch):
+    narrow = []
+    forward = model.backbone.forward
+
+    def watched(*words, **named):
+        narrow.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+        return forward(*words, **named)
+
+    monkeypatch.setattr(model.backbone, "forward", watched)
+    for dtype, wanted in ((torch.bfloat16, torch.bfloat16), (torch.float32, False)):
+        narrow.clear()
+        for _ in generate(model, [[3, 1]], 3, temperature=0, dtype=dtype):
+            assert not torch.is_autocast_enabled("cpu")
+        assert narrow == [wanted] * 3
+
+
+def test_a_run_generates_in_the_type_it_was_trained_in(bytes_run, monkeypatch):
+    asked = []
+    plain = generate_module.generate
+    monkeypatch.setattr(generate_module, "generate", lambda *w, **n: asked.append(n["dtype"]) or plain(*w, **n))
+    narrow = replace(load_run(bytes_run, torch.device("cpu"))[0].train, dtype="bfloat16")
+    for dtype in ("auto", "float32", "bfloat16"):
+        generate_run(bytes_run, "the", 2, dtype=dtype, device="cpu")
+    load = generate_module.load_run
+    monkeypatch.setattr(generate_module, "load_run", lambda *w: (replace((r := load(*w))[0], train=narrow), r[1]))
+    generate_run(bytes_run, "the", 2, device="cpu")
+    assert asked == [torch.float32, torch.float32, torch.bfloat16, torch.bfloat16]
+
+
+def test_a_draw_is_that_of_multinomial():
+    logits = torch.randn(500, 9)
+    for top_k in (0, 9):
+        found = sample(logits, generator=torch.Generator().manual_seed(3), top_k=top_k)
+        order = logits.sort(descending=True, stable=True).indices if top_k else torch.arange(9).expand(500, 9)
+        probabilities = logits.softmax(-1).gather(1, order)
+        expected = probabilities.multinomial(1, generator=torch.Generator().manual_seed(3))
+        assert float((found == order.gather(1, expected).squeeze(1)).float().mean()) > 0.99
 
 
 def test_prompts_of_different_lengths_continue_as_each_alone(model):
