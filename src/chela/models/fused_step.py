@@ -149,13 +149,14 @@ def fused_step(model: CausalLM, state: ChelaState, impl: Impl) -> FusedStep | No
     Args:
         model: in evaluation mode.
         state: of `CausalLM.online`.
-        impl: "auto" takes the fused step on CUDA; "triton" too, also in Triton's interpreter; "reference" never.
+        impl: only "triton" takes the fused step, in Triton's interpreter, too.
     """
     weight = model.head.weight
     device = weight.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    if weight.dtype == torch.float64 or resolve(impl, weight.device, "long_conv") == "reference":
-        return None
+    if impl != "triton" or weight.dtype == torch.float64:
+        return None  # "auto" will take it on CUDA once its tests have passed on a GPU
+    resolve(impl, weight.device, "long_conv")  # refuses a CPU without the interpreter
     if model.config.d_model > WIDEST or _norm(model.backbone.last_norm) is None:
         return None
     for block, layer in zip(model.backbone.blocks, state.layers, strict=True):
