@@ -132,6 +132,17 @@ def test_a_recorded_run_stopped_anywhere_ends_bit_equal(tmp_path):
     assert_same_run(whole.folder, pieces.folder)
 
 
+@pytest.mark.parametrize("model", [{}, {"prenorm": False}, {"kind": "causal-lm", "causal": True}])
+def test_what_follows_the_blocks_is_compiled_too(tmp_path, model):
+    network = build(make_run(tmp_path, model=model).model)
+    names = set(network.state_dict())
+    compile_blocks(network)
+    parts = [*network.backbone.blocks, network.backbone.last_norm, getattr(network, "pooling", None)]
+    assert all(part is None or part._compiled_call_impl is not None for part in parts)
+    assert (network.backbone.last_norm is None) == (model == {"prenorm": False})
+    assert set(network.state_dict()) == names
+
+
 @gpu
 def test_a_recording_takes_no_step(tmp_path):
     """What is run while recording is undone: weights, averages, statistics and sums are untouched."""
