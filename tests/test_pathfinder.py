@@ -90,7 +90,7 @@ def test_what_was_stopped_goes_on_at_the_last_block(tmp_path, monkeypatch):
     assert drawn == [(0, 16), (16, 32)]
     monkeypatch.setattr(pathfinder, "_paint", lambda job: drawn.append(job[3:]) or paint(job))
     assert np.array_equal(images_of(load_task(config).train), whole)
-    assert drawn[2:4] == [(32, 48), (48, 64)]
+    assert drawn[2:4] == [(16, 32), (32, 48)]  # the last one again: a power cut may have torn it
 
 
 @pytest.mark.slow
