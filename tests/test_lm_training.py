@@ -264,6 +264,7 @@ def test_carrying_a_state_tells_more_than_a_window(tmp_path):
         ({}, {"length_warmup": 5, "carry_state": True}, "take one of them"),
         ({}, {"pad_multiple": 8, "carry_state": True}, r"train\.carry_state takes no padding"),
         ({"mixer": "transformer"}, {"carry_state": True}, r"model\.mixer transformer has none"),
+        ({"branch_norm": True}, {"carry_state": True}, "set --model.no-branch-norm"),
         ({}, {"batch_size": 64, "carry_state": True}, "40 windows: set a smaller --train.batch-size"),
     ],
 )

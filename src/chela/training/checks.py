@@ -46,6 +46,11 @@ def check_run(run: RunConfig, task: Task) -> None:
 
 
 def _check_carried(run: RunConfig, task: Task) -> None:
+    if run.model.branch_norm:
+        raise ValueError(
+            "train.carry_state hands a state on, which branch norm cannot while it trains: set --model.no-branch-norm "
+            "or --train.no-carry-state"
+        )
     if not getattr(task.train, "consecutive", False):
         raise ValueError(
             f"train.carry_state reads on from window to window, but the examples of task {task.name} do not follow "
