@@ -16,10 +16,15 @@ from chela.ops.launch import jit
 
 
 @jit()
+def power_below(most):
+    """The power of two that brings `most` to [1, 2); 2^-100 for zero."""
+    return tl.exp2(tl.floor(tl.log2(tl.maximum(most, 1e-30))))
+
+
+@jit()
 def power_of(re, im):
     """The power of two that brings the largest entry of two tiles to [1, 2); 2^-100 for zeros."""
-    most = tl.max(tl.max(tl.maximum(tl.abs(re), tl.abs(im)), 1), 0)
-    return tl.exp2(tl.floor(tl.log2(tl.maximum(most, 1e-30))))
+    return power_below(tl.max(tl.max(tl.maximum(tl.abs(re), tl.abs(im)), 1), 0))
 
 
 @jit()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from chela.ops.launch import ceil
-from chela.ops.long_conv import panels_kernels as kernels
+from chela.ops.long_conv import panels_inner_kernels, panels_outer_kernels
 from chela.ops.long_conv.rows import count, parts, turns
 
 
@@ -105,7 +105,7 @@ def _outer_forward(
     panels, inner = ceil(channels, size.c), size.n1 * size.n2
     z = torch.empty(batch, panels, 2, size.n0, inner, size.c, dtype=torch.float16, device=x.device)
     scales = torch.empty(batch, panels, inner // size.p, size.c, dtype=torch.float32, device=x.device)
-    kernels.outer_forward[(panels, inner // size.p, batch)](
+    panels_outer_kernels.outer_forward[(panels, inner // size.p, batch)](
         x,
         w,
         z,
@@ -128,7 +128,7 @@ def _spectra(kernel: Tensor, reverse: Tensor, size: Size) -> Panels:
     sizes = (0, lags, ahead, size.n1 * size.n2 // 16, channels, 0, 0, *kernel.stride(), *reverse.stride())
     z, scales = _outer_forward(kernel, reverse, 1, channels, size, sizes, taps=True, ahead=ahead > 0)
     out, powers = torch.empty_like(z), _powers(z, size)
-    kernels.inner_spectra[(z.shape[1] * size.c // size.part, size.n0)](
+    panels_inner_kernels.inner_spectra[(z.shape[1] * size.c // size.part, size.n0)](
         z, scales, out, powers, *_tables(size, z.device)[1], 2, E=size.part, **_cut(size)
     )
     return out, powers
@@ -141,7 +141,7 @@ def _convolve(x: Panels, spectra: Panels, size: Size, *, mirror: bool) -> Panels
     """
     z, scales = x
     panels, powers = z.shape[1], _powers(z, size)
-    kernels.inner_convolve[(z.shape[0] * panels * size.c // size.part, size.n0)](
+    panels_inner_kernels.inner_convolve[(z.shape[0] * panels * size.c // size.part, size.n0)](
         z, scales, powers, *spectra, *_tables(size, z.device)[1], 2, 1, panels, MIRROR=mirror, E=size.part, **_cut(size)
     )
     return z, powers
@@ -166,7 +166,7 @@ def _outer_inverse(
 ) -> None:
     z, powers = x
     inner = size.n1 * size.n2
-    kernels.outer_inverse[(z.shape[1], inner // size.p, z.shape[0])](
+    panels_outer_kernels.outer_inverse[(z.shape[1], inner // size.p, z.shape[0])](
         z,
         powers,
         out,
@@ -189,7 +189,7 @@ def _correlate(g: Panels, x: Panels, size: Size, kernel: Tensor, reverse: Tensor
     """Gradients of the kernels from the outer stage's results for the output's gradient and the history."""
     z = torch.empty_like(x[0][:1])
     powers, batch, panels = _powers(z, size), x[0].shape[0], z.shape[1]
-    kernels.inner_correlate[(panels * size.c // size.sum_part, size.n0)](
+    panels_inner_kernels.inner_correlate[(panels * size.c // size.sum_part, size.n0)](
         *g, *x, z, powers, *_tables(size, z.device)[1], 2, 1, batch, E=size.sum_part, **_cut(size)
     )
     d_kernel, d_reverse = (torch.empty(taps.shape, dtype=taps.dtype, device=z.device) for taps in (kernel, reverse))
