@@ -22,6 +22,15 @@ def rows(start, stop):
     return np.arange(start * 5, stop * 5, dtype=np.int32).reshape(-1, 5)
 
 
+def stopping_at(row):
+    def produce(start, stop):
+        if start == row:
+            raise KeyboardInterrupt
+        return rows(start, stop)
+
+    return produce
+
+
 def make(root, produce, **key):
     return prepared_rows(root, "numbers", {"k": 1, **key}, (7, 5), np.int32, produce)
 
@@ -44,13 +53,8 @@ def test_all_rows_are_made_once(tmp_path):
 
 @pytest.mark.parametrize("stop_at", [0, 2, 6])
 def test_a_stopped_preparation_goes_on_where_it_was(stop_at, tmp_path):
-    def stopping(start, stop):
-        if start == stop_at:
-            raise KeyboardInterrupt
-        return rows(start, stop)
-
     with pytest.raises(KeyboardInterrupt):
-        make(tmp_path, stopping)
+        make(tmp_path, stopping_at(stop_at))
     assert [path.suffix for path in (tmp_path / "prepared").iterdir()] == [".tmp"]
     began = []
     found = make(tmp_path, lambda start, stop: began.append(start) or rows(start, stop))
@@ -59,33 +63,18 @@ def test_a_stopped_preparation_goes_on_where_it_was(stop_at, tmp_path):
     assert [path.suffix for path in (tmp_path / "prepared").iterdir()] == [""]
 
 
-def test_a_block_half_written_is_made_again(tmp_path):
-    def stopping(start, stop):
-        if start == 4:
-            raise KeyboardInterrupt
-        return rows(start, stop)
-
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda content: content + content[-13:], id="a further block half written"),
+        pytest.param(lambda content: content[:-40] + bytes(40), id="the last block without its bytes"),
+    ],
+)
+def test_what_a_power_cut_left_is_made_again(damage, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        make(tmp_path, stopping)
+        make(tmp_path, stopping_at(4))
     (path,) = (tmp_path / "prepared").glob("*/rows.npy")
-    content = path.read_bytes()
-    path.write_bytes(content + content[-13:])
-    assert np.array_equal(make(tmp_path, rows), rows(0, 7))
-
-
-def test_a_last_block_without_its_bytes_is_made_again(tmp_path):
-    """A power cut may leave the last block its size and nothing in it."""
-
-    def stopping(start, stop):
-        if start == 4:
-            raise KeyboardInterrupt
-        return rows(start, stop)
-
-    with pytest.raises(KeyboardInterrupt):
-        make(tmp_path, stopping)
-    (path,) = (tmp_path / "prepared").glob("*/rows.npy")
-    content = path.read_bytes()
-    path.write_bytes(content[:-40] + bytes(40))
+    path.write_bytes(damage(path.read_bytes()))
     assert np.array_equal(make(tmp_path, rows), rows(0, 7))
 
 
