@@ -10,7 +10,10 @@ import torch
 Method = Literal["toeplitz", "on_chip", "panels", "two_stage", "transform"]
 
 LONGEST: dict[Method, int] = {"on_chip": 2**13, "panels": 2**17, "two_stage": 2**20}
-"""Inputs a row of these methods may have, a power of two; the first that has room is the fastest of them."""
+"""Inputs a row of these methods may have, a power of two; the first that has room is taken.
+
+It is the fastest wherever that was timed (docs/log.md); panels of 2^15 and 2^16 go by their neighbours.
+"""
 BEATEN: dict[Method, int] = {"on_chip": 1400, "panels": 2500, "two_stage": 4000, "transform": 4000}
 """Lags an output sees on average, up to which Toeplitz tiles beat a method, were its rows full."""
 
