@@ -271,6 +271,7 @@ def test_carrying_a_state_tells_more_than_a_window(tmp_path):
 def test_what_cannot_be_carried_is_refused(tmp_path, model, settings, message):
     with pytest.raises(ValueError, match=message):
         run_tiny(make_run(tmp_path / "run", model={**LM, **model}, **settings), stream_task())
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

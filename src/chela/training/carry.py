@@ -14,21 +14,14 @@ class Carried:
     next step, unless the step was not finite. It starts as zeros in its final shape, which is no past at all.
 
     Args:
-        model: the language model, on its device.
+        model: the language model, of CHELA's layers, whose state has a fixed size; on its device.
         rows: of the batch, over all slices.
         dtype: compute type of the training.
-
-    Raises:
-        ValueError: the model keeps no state of a fixed size.
     """
 
     def __init__(self, model: nn.Module, rows: int, dtype: torch.dtype) -> None:
         assert isinstance(model, CausalLM), "checked with the task"
-        if model.config.mixer != "chela":
-            raise ValueError(
-                f"train.carry_state hands on a state of fixed size, and model.mixer {model.config.mixer} has none: "
-                "set --train.no-carry-state"
-            )
+        assert model.config.mixer == "chela", "checked with the task"
         device = next(model.parameters()).device
         was_training = model.training
         model.eval()

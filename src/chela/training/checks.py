@@ -46,6 +46,11 @@ def check_run(run: RunConfig, task: Task) -> None:
 
 
 def _check_carried(run: RunConfig, task: Task) -> None:
+    if run.model.mixer != "chela":
+        raise ValueError(
+            f"train.carry_state hands on a state of fixed size, and model.mixer {run.model.mixer} has none: "
+            "set --train.no-carry-state"
+        )
     if run.model.branch_norm:
         raise ValueError(
             "train.carry_state hands a state on, which branch norm cannot while it trains: set --model.no-branch-norm "
