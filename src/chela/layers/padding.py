@@ -14,7 +14,10 @@ def check_mask(mask: Tensor | None, x: Float[Tensor, "b t d"], state: object) ->
     if mask is None:
         return
     if state is not None:
-        raise ValueError("mask and state exclude each other: padding cannot stand between a state and its tokens")
+        raise ValueError(
+            "mask and state exclude each other, for padding cannot stand between a state and its tokens: "
+            "give the mask with the first piece alone"
+        )
     if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
         raise ValueError(f"mask must be bool [B, T] = {list(x.shape[:2])}; got {mask.dtype} {list(mask.shape)}")
 

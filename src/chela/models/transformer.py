@@ -61,7 +61,10 @@ class RotaryAttention(nn.Module):
             ValueError: mask or cu_seqlens together with state; a state asked for after packed documents.
         """
         if state is not None and (mask is not None or cu_seqlens is not None):
-            raise ValueError("mask and cu_seqlens exclude state: nothing can stand between a state and its tokens")
+            raise ValueError(
+                "mask and cu_seqlens exclude state, for nothing can stand between a state and its tokens: "
+                "give a mask with the first piece alone, and run each packed document alone"
+            )
         if return_state and cu_seqlens is not None:
             raise ValueError("packed documents leave no state: run each document alone")
         q, k, v = rearrange(self.qkv(x), "b t (n h k) -> n b t h k", n=3, h=self.heads)

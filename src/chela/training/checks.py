@@ -29,7 +29,10 @@ def check_run(run: RunConfig, task: Task) -> None:
             f"set --model.kernel-length {task.max_length} or cut with --data.max-length {model.kernel_length}"
         )
     if run.train.length_warmup and task.kind != "causal-lm":
-        raise ValueError(f"train.length_warmup cuts sequences in pieces: task {task.name} needs them whole")
+        raise ValueError(
+            f"train.length_warmup cuts sequences in pieces, and task {task.name} needs them whole: "
+            "set --train.length-warmup 0"
+        )
     if run.train.carry_state:
         _check_carried(run, task)
     if run.train.tensorboard:

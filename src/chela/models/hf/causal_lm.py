@@ -92,7 +92,10 @@ class ChelaForCausalLM(RunModel, GenerationMixin):
                 to be skipped that are needed.
         """
         if past_key_values is not None and not isinstance(past_key_values, ChelaCache):
-            raise ValueError(f"the cache of a CHELA model is a ChelaCache, got a {type(past_key_values).__name__}")
+            raise ValueError(
+                f"the cache of a CHELA model is a ChelaCache, got a {type(past_key_values).__name__}: "
+                "leave past_key_values out of the first call, which makes one"
+            )
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None and cu_seqlens is None
         cache = ChelaCache() if past_key_values is None and use_cache else past_key_values
