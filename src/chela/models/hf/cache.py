@@ -15,7 +15,7 @@ from chela.ops.impl import Impl
 class ChelaCache(Cache):
     """What `generate` carries from token to token: a `ChelaState`, whose size the kernel bounds.
 
-    From the first single token on, a `Decoder` moves it on, whose steps are a CUDA graph on a GPU.
+    From the first single token on, a `Decoder` moves it on, whose steps for a merged model are a CUDA graph on a GPU.
     """
 
     def __init__(self) -> None:
