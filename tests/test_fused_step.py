@@ -81,6 +81,12 @@ def test_it_gives_the_logits_of_the_whole_forward(config, dtype, nan_memory):
     assert float((fused - exact).abs().max()) <= budget(plain, exact, torch.finfo(dtype).eps)
 
 
+@torch.no_grad()
+def test_a_head_too_large_for_the_registers_is_taken_in_parts(monkeypatch, nan_memory):
+    monkeypatch.setattr(decoding, "HEAD_PART", 64)
+    test_it_gives_the_logits_of_the_whole_forward(CHELA, torch.float32, None)  # 6 rows of 12 numbers: by four
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activation", ["none", "silu", "swiglu"])
 @pytest.mark.parametrize(("rows", "width", "outputs"), [(1, 70, 300), (3, 2100, 34), (decoding.FEW_ROWS + 1, 16, 6)])

@@ -1,5 +1,6 @@
 """A strong Transformer to measure CHELA against: rotary positions, softmax attention, SwiGLU, RMS norms in front."""
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -7,12 +8,15 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from chela.layers.norms import NormKind, make_norm
 from chela.ops.impl import Impl
 from chela.ops.precision import wide_dtype
 
 ROTARY_BASE = 10_000.0
+STEP_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""What attends from single tokens: all but cuDNN, which plans anew, for milliseconds, at every number of keys."""
 
 
 class KeyValues(NamedTuple):
@@ -81,13 +85,14 @@ class RotaryAttention(nn.Module):
         one = past > 0 and x.shape[1] == 1  # a single query sees all keys
         plain = mask is None and cu_seqlens is None and begins is None and (past == 0 or one)
         seen = None if plain else _seen(x, past, begins, mask, cu_seqlens)
-        attended = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=seen,
-            is_causal=plain and not one,
-        )
+        with sdpa_kernel(STEP_BACKENDS) if one else nullcontext():
+            attended = F.scaled_dot_product_attention(
+                q.transpose(1, 2),
+                k.transpose(1, 2),
+                v.transpose(1, 2),
+                attn_mask=seen,
+                is_causal=plain and not one,
+            )
         return self.out(rearrange(attended, "b h t k -> b t (h k)")), after if return_state else None
 
 

@@ -25,7 +25,9 @@ FEW_ROWS = 4
 TILE = 8192
 """Weights times rows that a program of it holds."""
 LARGEST_HEAD = 2**15
-"""Numbers of a head's K x V that a program holds."""
+"""Numbers of a head's K x V that a program takes."""
+HEAD_PART = 2**13
+"""Those that it holds at once: 32 a thread, beside which registers are left."""
 PLACES = 64
 """Cached keys that a program takes at once."""
 PROGRAMS = 1056
@@ -130,12 +132,13 @@ def attend(
     from chela.ops.decoding import kernels
 
     (rows, count, key, value), out = state.shape, torch.empty_like(values)
-    keys, columns = max(16, power(key)), max(16, power(value))
+    columns = max(16, power(value))
+    keys = min(max(16, power(key)), max(1, HEAD_PART // columns))
     kernels.attend[(count, rows)](
         mixed, values, *heads[:6], state, out, heads.scale, mixed.shape[1],
         HEADS=count, K=key, V=value, KEYS=keys, VALUES=columns,
         DECAYS=heads.decay is not None, NORMED=heads.norm_gain is not None,
-        num_warps=8 if keys * columns <= LARGEST_HEAD // 2 else 16,
+        num_warps=8,
     )  # fmt: skip
     return out
 

@@ -110,31 +110,34 @@ def attend(
     HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
     DECAYS: tl.constexpr, NORMED: tl.constexpr,
 ):  # fmt: skip
-    """S = decay S + k v^T and out = silu(gate) * norm(scale q S): a program a head of a row.
+    """S = decay S + k v^T and out = silu(gate) * norm(scale q S): a program a head of a row, KEYS rows of S at a time.
 
     q, k = silu(shared) * gain + bias and v = silu(values); `mixed` begins with K columns `shared`, then the gate.
     """
     h = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
-    i, j = tl.arange(0, KEYS), tl.arange(0, VALUES)
-    key, value = i < K, j < V
-    shared = tl.load(mixed + b * mixed_row + i, mask=key, other=0).to(tl.float32)
-    shared *= tl.sigmoid(shared)
-    q = shared * tl.load(q_gain + h * K + i, mask=key, other=0) + tl.load(q_bias + h * K + i, mask=key, other=0)
-    k = shared * tl.load(k_gain + h * K + i, mask=key, other=0) + tl.load(k_bias + h * K + i, mask=key, other=0)
+    j = tl.arange(0, VALUES)
+    value = j < V
     v = tl.load(values + (b * HEADS + h) * V + j, mask=value, other=0).to(tl.float32)
     v *= tl.sigmoid(v)
     gate = tl.load(mixed + b * mixed_row + K + h * V + j, mask=value, other=0).to(tl.float32)
+    decayed = tl.load(decay + h) if DECAYS else 1.0
 
-    at = state + (b * HEADS + h) * K * V + i[:, None] * V + j[None, :]
-    held = key[:, None] & value[None, :]
-    s = tl.load(at, mask=held, other=0)  # [KEYS, VALUES]
-    if DECAYS:
-        s *= tl.load(decay + h)
-    s += k[:, None] * v[None, :]
-    tl.debug_barrier()
-    tl.store(at, s, mask=held)
-    m = tl.sum(q[:, None] * s, 0) * scale  # [VALUES]
+    m = tl.zeros([VALUES], tl.float32)
+    for first in tl.static_range(0, K, KEYS):
+        i = first + tl.arange(0, KEYS)
+        key = i < K
+        shared = tl.load(mixed + b * mixed_row + i, mask=key, other=0).to(tl.float32)
+        shared *= tl.sigmoid(shared)
+        q = shared * tl.load(q_gain + h * K + i, mask=key, other=0) + tl.load(q_bias + h * K + i, mask=key, other=0)
+        k = shared * tl.load(k_gain + h * K + i, mask=key, other=0) + tl.load(k_bias + h * K + i, mask=key, other=0)
+        at = state + (b * HEADS + h) * K * V + i[:, None] * V + j[None, :]
+        held = key[:, None] & value[None, :]
+        s = tl.load(at, mask=held, other=0) * decayed + k[:, None] * v[None, :]  # [KEYS, VALUES]
+        tl.debug_barrier()  # all has been read before any of it is overwritten
+        tl.store(at, s, mask=held)
+        m += tl.sum(q[:, None] * s, 0)
+    m *= scale
     if NORMED:
         m *= tl.rsqrt(tl.sum(m * m, 0) / V + 1e-6) * tl.load(norm_gain + h * V + j, mask=value, other=0)
     m *= gate * tl.sigmoid(gate)
