@@ -117,3 +117,22 @@ def test_recorded_steps_on_a_gpu(dtype):
             assert_close(
                 a, b, rtol=1e-4 if dtype == torch.float32 else 3e-2, atol=1e-4 if dtype == torch.float32 else 3e-2
             )
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_recording_outlives_the_autocast_it_was_made_in():
+    model = make(replace(CONFIG, d_model=64, d_ff=64), torch.float32).cuda()
+    tokens = torch.randint(17, (2, 40), device="cuda")
+    autocast = torch.autocast("cuda", torch.bfloat16)
+    with autocast:
+        _, state = model.prefill(tokens[:, :10])
+        plain = Decoder(model, state.clone(), impl="reference", record=False)
+        recorded = Decoder(model, state, impl="reference")
+        for decoder in (plain, recorded):
+            decoder.step(tokens[:, 10])
+    freed = [torch.full_like(p, torch.nan, dtype=torch.bfloat16) for p in model.parameters() for _ in range(4)]
+    with autocast:
+        for place in range(11, 40):
+            assert_close(recorded.step(tokens[:, place]), plain.step(tokens[:, place]), rtol=3e-2, atol=3e-2)
+    del freed

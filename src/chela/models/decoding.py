@@ -126,7 +126,10 @@ class Decoder:
         if self._fused is not None:
             self._fused.go_to(self._state)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # Casts of weights that autocast keeps are freed at the end of its context: the recording makes its own.
+        dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+        uncached = torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False)
+        with uncached, torch.cuda.graph(self._graph):
             self._logits = self._emit(self._state)
 
     def _emit(self, state: ChelaState) -> Tensor:
