@@ -18,8 +18,8 @@ class Decoder:
     """Steps of a causal model from a state, which it takes over and changes in place.
 
     On a GPU a step's kernels are small, and launching them one by one takes longer than running them. Here a merged
-    model's step is recorded once and replayed, with impl="triton" fused, too (`fused_step`, with the weights as they
-    are now): all that changes lies in the state, at addresses that stay. What the end of a block of the online
+    model's step is recorded once and replayed, fused, too, unless impl="reference" (`fused_step`, with the weights as
+    they are now): all that changes lies in the state, at addresses that stay. What the end of a block of the online
     convolution takes, now and then, is launched in between, and a Transformer's step is recorded again when the room
     for its keys is full. The numbers are those of `CausalLM.step` to rounding.
 

@@ -149,14 +149,13 @@ def fused_step(model: CausalLM, state: ChelaState, impl: Impl) -> FusedStep | No
     Args:
         model: in evaluation mode.
         state: of `CausalLM.online`.
-        impl: only "triton" takes the fused step, in Triton's interpreter, too.
+        impl: "auto" takes the fused step on CUDA, "triton" in Triton's interpreter, too.
     """
     weight = model.head.weight
     device = weight.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    if impl != "triton" or weight.dtype == torch.float64:
-        return None  # "auto" will take it on CUDA once its tests have passed on a GPU
-    resolve(impl, weight.device, "long_conv")  # refuses a CPU without the interpreter
+    if resolve(impl, weight.device, "long_conv") != "triton" or weight.dtype == torch.float64:
+        return None
     if model.config.d_model > WIDEST or _norm(model.backbone.last_norm) is None:
         return None
     for block, layer in zip(model.backbone.blocks, state.layers, strict=True):
