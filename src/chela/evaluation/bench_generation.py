@@ -85,11 +85,13 @@ def bench_generation(
     for name, config in entering:
         with _model(config, device, dtype) as model:
             for shape in shapes or SHAPES[device.type]:
+                where = f"{name} at B{shape['B']} T{shape['T']}"
                 try:
                     results.append(run(name, model, shape, device, seconds))
+                    found = f"{results[-1].times['step'].median:.3f} ms a step"  # minutes pass before the table
                 except torch.OutOfMemoryError:
-                    where = f"{name} at B{shape['B']} T{shape['T']}"
-                    console.print(f"{where}: out of memory", highlight=False, markup=False)
+                    found = "out of memory"
+                console.print(f"{where}: {found}", highlight=False, markup=False)
     console.print(_table(results))
     return [row for r in results for row in _rows(r, dtype, errors[r.name])]
 
