@@ -1,6 +1,7 @@
 """The Transformer that CHELA is measured against, and the layer of flash-linear-attention."""
 
 import itertools
+import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
@@ -220,9 +221,23 @@ def test_gla_says_what_is_missing():
         build(replace(SMALL, mixer="gla"))
 
 
+def test_gla_says_what_its_layers_miss(tmp_path, monkeypatch):
+    package = tmp_path / "fla" / "layers"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").touch()
+    (package / "__init__.py").write_text("import a_package_that_nobody_has")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "fla"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ValueError, match=r"a_package_that_nobody_has is missing.*pip install"):
+        build(replace(SMALL, mixer="gla"))
+    for name in ("fla", "fla.layers"):
+        sys.modules.pop(name, None)
+
+
 @pytest.mark.gpu
 def test_gla_is_causal_and_learns_and_keeps_no_state():
-    pytest.importorskip("fla")
+    pytest.importorskip("fla.layers", exc_type=ImportError)
     model = build(replace(SMALL, mixer="gla", d_model=128)).cuda()
     tokens = torch.randint(20, (2, 100), device="cuda")
     changed = tokens.clone()

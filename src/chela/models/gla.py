@@ -1,7 +1,5 @@
 """Gated linear attention (Yang et al. 2024) of flash-linear-attention, as a mixer to measure CHELA against."""
 
-from importlib.util import find_spec
-
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -16,16 +14,20 @@ class GatedLinear(nn.Module):
         heads: number of heads H; D / 2 must be a multiple.
 
     Raises:
-        ValueError: flash-linear-attention is not installed, or the widths do not fit.
+        ValueError: flash-linear-attention or what its layers import is not installed, or the widths do not fit.
     """
 
     def __init__(self, d_model: int, *, heads: int) -> None:
         super().__init__()
-        if find_spec("fla") is None:
-            raise ValueError("model.mixer gla needs the package flash-linear-attention: install it beside chela")
         if d_model % (2 * heads):
             raise ValueError(f"d_model {d_model} is not an even number a head, with {heads} heads")
-        from fla.layers import GatedLinearAttention  # pyrefly: ignore
+        try:
+            from fla.layers import GatedLinearAttention  # pyrefly: ignore
+        except ImportError as error:
+            raise ValueError(
+                "model.mixer gla needs the package flash-linear-attention and what its layers import "
+                f"({error.name or error} is missing): pip install flash-linear-attention transformers"
+            ) from error
 
         self.layer = GatedLinearAttention(hidden_size=d_model, num_heads=heads)
 
