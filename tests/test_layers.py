@@ -372,3 +372,4 @@ def test_branch_norm_cannot_carry_a_state_while_training():
     with pytest.raises(ValueError, match=r"whole sequences.*eval\(\).*branch_norm=False"):
         conv(torch.randn(1, 8, D), return_state=True)
     conv.eval()(torch.randn(1, 8, D), return_state=True)
+    conv.train().merge()(torch.randn(1, 8, D), return_state=True)

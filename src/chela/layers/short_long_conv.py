@@ -176,8 +176,8 @@ class ShortLongConv(nn.Module):
         """Each branch through its own convolution and batch norm: its statistics are not known before."""
         if return_state or before.long is not None:
             raise ValueError(
-                "branch norm trains on whole sequences, without a state: call eval() or merge() on the model to step "
-                "or prefill, or build it with branch_norm=False to train on a carried state"
+                "branch norm trains on whole sequences, without a state: call eval() on the model to step or prefill "
+                "(merge(), once it is trained), or build it with branch_norm=False to train on a carried state"
             )
         assert kernel.norms is not None
         total = torch.zeros_like(u)
