@@ -39,7 +39,8 @@ def pytest_runtest_setup():
 def nan_memory():
     """Memory torch hands out unwritten holds NaN (or the largest integer): a kernel that reads it is caught."""
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # the reference's cumsum has no such form on a GPU
+    # A warning is an error in these tests, but for that of cumsum: the reference's has no such form on a GPU.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(before)
