@@ -104,14 +104,17 @@ def test_an_unmerged_model_and_a_baseline_step_plainly():
 
 @pytest.mark.gpu
 @torch.no_grad()
+@pytest.mark.parametrize("impl", ["auto", "reference"])  # fused, and block by block
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_recorded_steps_on_a_gpu(dtype):
+def test_recorded_steps_on_a_gpu(dtype, impl):
     config = replace(CONFIG, d_model=64, d_ff=64, d_key=16, d_value=32, kernel_length=3000)
     model = make(config, torch.float32).cuda()
     tokens = torch.randint(17, (2, 2200), device="cuda")
     with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
         _, state = model.prefill(tokens[:, :10])
-        plain, recorded = Decoder(model, state.clone(), record=False), Decoder(model, state)
+        plain = Decoder(model, state.clone(), impl=impl, record=False)
+        recorded = Decoder(model, state, impl=impl)
+        assert (recorded._fused is None) == (impl == "reference")
         for place in range(10, 2200):  # over the end of two epochs of 1,024
             a, b = plain.step(tokens[:, place]), recorded.step(tokens[:, place])
             assert_close(
