@@ -102,7 +102,7 @@ def test_a_stopped_run_ends_bit_equal(tmp_path, undisturbed, stops):
 
 
 def test_batch_norm_goes_on_bit_equal(tmp_path):
-    model = {"norm": "batch", "branch_norm": True, "tap_dropout": 0.2, "prenorm": False}
+    model = {"norm": "batch", "branch_norm": True, "tap_dropout": 0.2, "token_dropout": 0.2, "prenorm": False}
     run_tiny(make_run(tmp_path / "a", model=model))
     with stop_after(5):
         run_tiny(make_run(tmp_path / "b", model=model))

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from chela.config import ModelConfig
 from chela.models import CausalLM, Classifier, TwoTowerClassifier, build, load_model, save_model
+from chela.models.backbone import Embedding
 from test_chunked_loss import Watch  # pyrefly: ignore
 
 SMALL = ModelConfig(
@@ -233,3 +234,15 @@ def test_dropout_acts_only_in_training():
     tokens = torch.randint(20, (2, 30))
     assert not torch.equal(model.train()(tokens), model(tokens))
     assert torch.equal(model.eval()(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("inputs", ["tokens", "real"])
+def test_dropped_steps_are_zero_and_the_others_untouched(inputs):
+    embedding = Embedding(ModelConfig(inputs=inputs, vocab=16, d_model=8, token_dropout=0.25))
+    x = torch.randint(16, (40, 50)) if inputs == "tokens" else torch.randn(40, 50, 1)
+    whole = embedding.eval()(x)
+    thinned = embedding.train()(x)
+    dropped = (thinned == 0).all(2)
+    assert torch.equal(thinned, whole.masked_fill(dropped[..., None], 0.0))
+    assert abs(float(dropped.float().mean()) - 0.25) < 5 * (0.25 * 0.75 / 2000) ** 0.5
+    assert not torch.equal(thinned, embedding(x)), "each step draws anew"

@@ -76,6 +76,8 @@ class ModelConfig:
     """Norm before each half (and once at the end) instead of after it."""
     dropout: float = 0.0
     """Dropout in the gates and the feed-forward part."""
+    token_dropout: float = 0.0
+    """Share of input steps whose embedding is zero in training (word dropout)."""
     pooling: Literal["mean", "first", "last", "query"] = "mean"
     """How a classifier sums up a sequence; padding never counts."""
     merged: bool = False
@@ -87,7 +89,7 @@ class ModelConfig:
         _require(self.classes >= 2, f"model.classes must be at least 2, got {self.classes}")
         for name in ("d_ff", "short_width", "kernel_length", "squash"):
             _require(getattr(self, name) >= 0, f"model.{name} must not be negative, got {getattr(self, name)}")
-        for name in ("tap_dropout", "dropout"):
+        for name in ("tap_dropout", "dropout", "token_dropout"):
             _require(0 <= getattr(self, name) < 1, f"model.{name} must lie in [0, 1), got {getattr(self, name)}")
         _require(
             self.d_value % self.heads == 0,

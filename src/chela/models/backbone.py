@@ -22,6 +22,7 @@ class Embedding(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.inputs, self.vocab, self.channels = config.inputs, config.vocab, config.channels
+        self.dropout = config.token_dropout
         if config.inputs == "tokens":
             self.tokens = nn.Embedding(config.vocab, config.d_model)
         else:
@@ -29,6 +30,9 @@ class Embedding(nn.Module):
 
     def forward(self, inputs: Tensor) -> Float[Tensor, "b t d"]:
         """Embed integers [B, T] or real values [B, T, C].
+
+        While training, whole steps are dropped: their vectors are zero, and the others are not scaled up (word dropout,
+        Iyyer et al. 2015).
 
         Raises:
             ValueError: wrong shape or type; a token id out of range (on a CPU; a GPU is not synchronised for it).
@@ -38,7 +42,7 @@ class Embedding(nn.Module):
                 raise ValueError(
                     f"the model reads real values [B, T, {self.channels}], got {inputs.dtype} {tuple(inputs.shape)}"
                 )
-            return self.values(inputs)
+            return self._drop(self.values(inputs))
         if inputs.ndim != 2 or inputs.is_floating_point():
             raise ValueError(f"the model reads integer tokens [B, T], got {inputs.dtype} {tuple(inputs.shape)}")
         if inputs.device.type == "cpu" and inputs.numel() and not torch.compiler.is_compiling():
@@ -46,7 +50,12 @@ class Embedding(nn.Module):
             if low < 0 or high >= self.vocab:
                 wrong = low if low < 0 else high
                 raise ValueError(f"token id {wrong} is outside the model's vocabulary 0..{self.vocab - 1}")
-        return self.tokens(inputs)
+        return self._drop(self.tokens(inputs))
+
+    def _drop(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+        if not self.training or self.dropout == 0:
+            return x
+        return x.masked_fill(torch.rand(x.shape[:2], device=x.device).unsqueeze(2) < self.dropout, 0.0)
 
 
 class Backbone(nn.Module):
