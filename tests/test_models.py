@@ -246,3 +246,10 @@ def test_dropped_steps_are_zero_and_the_others_untouched(inputs):
     assert torch.equal(thinned, whole.masked_fill(dropped[..., None], 0.0))
     assert abs(float(dropped.float().mean()) - 0.25) < 5 * (0.25 * 0.75 / 2000) ** 0.5
     assert not torch.equal(thinned, embedding(x)), "each step draws anew"
+    thinned.sum().backward()
+    kept = x[~dropped]
+    if inputs == "tokens":
+        got, expected = embedding.tokens.weight.grad, torch.bincount(kept, minlength=16)[:, None].expand(16, 8)
+    else:
+        got, expected = embedding.values.weight.grad, kept.sum(0)[None].expand(8, 1)
+    torch.testing.assert_close(got, expected.float(), rtol=1e-5, atol=1e-4)
