@@ -182,10 +182,17 @@ def join(states: list[OnlineState]) -> OnlineState:
 def emit(x: Float[Tensor, "b d"], state: OnlineState, *, triton: bool) -> Float[Tensor, "b d"]:
     """Take an input into the state and give its output; `advance` must follow.
 
-    With Triton two launches whatever the clock, which they read on the device: a CUDA graph can hold them.
+    With Triton two launches whatever the clock, which they read on the device, as all of a held state's operations do:
+    a CUDA graph can hold them.
     """
     if triton:
         out = _launch(x.contiguous(), state)
+    elif state.held:
+        t, lags = state.position[:1], torch.arange(state.block, device=x.device)
+        state.inputs.index_copy_(1, t, x.to(state.inputs.dtype).unsqueeze(1))
+        window = state.inputs[:, (t - lags).clamp(min=0)].to(state.near.dtype)
+        window = window * (lags <= t % state.block).unsqueeze(1)  # what is older is in `pending`
+        out = (window * state.near.flip(0)).sum(1).add_(state.pending[:, t].squeeze(1)).to(x.dtype)
     else:
         t = state.clock
         state.inputs[:, t] = x
