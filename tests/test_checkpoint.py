@@ -12,6 +12,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from chela import disk
 from chela.config import DataConfig
 from chela.data import load_task
 from chela.models import build, load_model
@@ -421,6 +422,20 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, undisturbed):
     assert [path.name for path in steps(tmp_path / "checkpoint")] == ["step-00000003"]
     run_tiny(make_run(tmp_path))
     assert_same_run(tmp_path, undisturbed)
+
+
+def test_a_full_disk_leaves_the_old_file_alone(tmp_path):
+    path = tmp_path / "weights"
+    path.write_bytes(b"old")
+
+    def full(path: Path, content: bytes) -> None:
+        path.write_bytes(content[:1])
+        raise OSError(28, "No space left on device", str(path))
+
+    with patch.object(disk, "write_synced", full), pytest.raises(OSError, match="No space left"):
+        disk.write_whole(path, b"new")
+    assert tree(tmp_path).keys() == {"weights"}
+    assert path.read_bytes() == b"old"
 
 
 def test_the_best_weights_are_in_the_folder_from_the_first_checkpoint_on(tmp_path):

@@ -192,6 +192,9 @@ LINES = {
     "train digits now": r"unexpected argument 'now'",
     "train digits --model.dropout 2": r"model.dropout must lie in \[0, 1\), got 2",
     "train digits --model.d-value 9 --model.heads 2": r"model.d_value 9 is not a multiple of model.heads 2",
+    "train digits --train.time-limit 1..5m": r"a duration looks like 90s, 9m or 1h30m; got '1\.\.5m'",
+    "train digits --train.time-limit .s": r"a duration looks like 90s, 9m or 1h30m; got '\.s'",
+    "train digits --model.branches wide": r"--model.branches does not take \['wide'\]",
     "train digits --train.time-limit 9x": r"a duration looks like 90s, 9m or 1h30m; got '9x'",
     "train digits --model.kernel-length 32": r"64 tokens are longer than model.kernel_length 32; set --model.kernel-le",
     "train digits --model.classes 9": r"model.classes is 9, but task digits needs 10: set --model.classes 10",
@@ -443,6 +446,33 @@ def test_interrupted_before_training_gives_130(monkeypatch):
 
     monkeypatch.setattr("chela.cli._run", stop)
     assert chela("doctor") == (130, "", "chela: interrupted\n")
+
+
+def test_a_ctrl_c_that_a_library_met_while_it_was_imported_gives_130(monkeypatch):
+    def stop(words):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise AttributeError("module 'half' has no attribute 'whole'")
+
+    monkeypatch.setattr("chela.cli._run", stop)
+    assert chela("doctor") == (130, "", "chela: interrupted\n")
+
+
+def test_files_that_may_not_be_read_and_full_disks_are_said_in_one_line(monkeypatch):
+    for error, line in (
+        (PermissionError(13, "Permission denied", "texts/train.txt"), "cannot use texts/train.txt: Permission denied"),
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+    ):
+        monkeypatch.setattr("chela.cli._run", lambda words, error=error: (_ for _ in ()).throw(error))
+        assert chela("doctor") == (2, "", f"chela: {line}\n")
+
+
+def test_letters_that_the_terminal_does_not_have_and_prompts_that_are_no_utf8(bytes_run):
+    command = [sys.executable, "-m", "chela", "generate", bytes_run, "--prompt", b"\xe4 \xff", "--max-new-tokens", "3"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}
+    done = subprocess.run(command, capture_output=True, env=environment)
+    assert (done.returncode, done.stdout[:3]) == (0, b"? ?"), done.stderr
 
 
 def test_a_reader_that_has_gone_is_no_mistake(tmp_path):

@@ -270,11 +270,20 @@ def test_only_the_start_of_a_stop_string_is_held_back():
         ([[1]], {"top_k": -1}, "top-k"),
         ([[1]], {"top_p": 1.1}, "top-p"),
         ([[1]], {"repetition_penalty": 0}, "repetition-penalty"),
+        ([[1]], {"seed": 1 << 63}, r"seed must lie between 0 and 2\^63 - 1"),
     ],
 )
 def test_generation_refuses_what_does_not_fit_before_it_begins(model, prompts, options, message):
     with pytest.raises(ValueError, match=message):
         generate(model, prompts, **{"max_new_tokens": 1} | options)
+
+
+def test_prompts_may_be_arrays_tensors_or_bytes(model):
+    wanted = [int(token) for token in generate(model, [[1, 2, 3]], 5)]
+    for prompts in ([np.array([1, 2, 3])], torch.tensor([[1, 2, 3]]), [b"\x01\x02\x03"]):
+        assert [int(token) for token in generate(model, prompts, 5)] == wanted
+    with pytest.raises(TypeError):
+        generate(model, [[1.5]], 1)  # pyrefly: ignore
 
 
 def test_text_is_written_as_it_comes(bytes_run):

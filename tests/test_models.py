@@ -1,6 +1,7 @@
 import itertools
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -190,7 +191,7 @@ def test_the_same_weights_give_the_same_file(tmp_path):
     assert len(files) == 1
 
 
-def test_load_refuses_what_it_cannot_trust(tmp_path):
+def test_load_refuses_what_it_cannot_trust(tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
     with pytest.raises(ValueError, match="does not exist"):
         load_model(path)
@@ -203,6 +204,9 @@ def test_load_refuses_what_it_cannot_trust(tmp_path):
         load_model(path)
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="no model settings"):
+        load_model(path)
+    monkeypatch.setattr("chela.models.files.safe_open", Mock(side_effect=FileNotFoundError))  # as where rights lack
+    with pytest.raises(ValueError, match="may not be read"):
         load_model(path)
 
 

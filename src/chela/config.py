@@ -306,7 +306,7 @@ def seconds(duration: str) -> float | None:
     for character in duration:
         if character.isdigit() or character == ".":
             number += character
-        elif character in units and number:
+        elif character in units and number.count(".") < 2 and number.strip("."):
             total, number = total + float(number) * units[character], ""
         else:
             raise ValueError(f"a duration looks like 90s, 9m or 1h30m; got {duration!r}")

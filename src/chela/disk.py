@@ -7,10 +7,14 @@ from typing import IO
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write aside, flush to disk, rename: a crash leaves the old file or the new one."""
+    """Write aside, flush to disk, rename: a crash leaves the old file or the new one, a full disk the old one alone."""
     aside = path.with_name(path.name + ".tmp")
-    write_synced(aside, content)
-    aside.rename(path)
+    try:
+        write_synced(aside, content)
+        aside.rename(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 

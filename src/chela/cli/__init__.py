@@ -3,6 +3,7 @@
 Exit codes: 0 done (also a training that was stopped and saved), 2 the user's mistake, 1 ours, 130 interrupted.
 """
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ def main(words: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if words is None else list(words)
     # Torch's threads spin while they wait for each other; beside other work that makes a step many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported, which happens in a command
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a letter that the terminal does not have must not end a command
     try:
         code = _run(words)
         sys.stdout.flush()
@@ -30,8 +33,17 @@ def main(words: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # files that may not be read, a full disk
+        what = f"cannot use {error.filename}: {error.strerror}" if error.filename else str(error)
+        print(f"chela: {' '.join(what.split())}", file=sys.stderr)
+        return 2
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except Exception as error:
+        if not _interrupted(error):
+            raise
+        print("chela: interrupted", file=sys.stderr)
+        return 130
 
 
 def overview() -> str:
@@ -63,6 +75,13 @@ def _run(words: list[str]) -> int:
         return 0
     call(*resolve(words))
     return 0
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether an error came of a Ctrl-C: a library that was half imported then fails in a way of its own."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def _summary(command: object) -> str:

@@ -17,6 +17,7 @@ REWORDED = {
     r"^Error parsing (?!-)\S+: ": "",
     r"^Error parsing (--\S+): invalid literal for int\(\) .*: (.*)$": r"\1 wants a whole number: \2",
     r"^Error parsing (--\S+): could not convert string to float: ": r"\1 wants a number: ",
+    r"^Error parsing (--\S+): Could not find valid parse for arguments: ": r"\1 does not take ",
     r"^Missing from (.+?): (-?\S+) .*$": r"\2 is missing: `\1 --help` explains it",
     r"^invalid choice (.*) for argument '(\S+)'\. Expected one of \((.*)\)\.$": r"\2 is one of \3; got \1",
     r"^Missing value for argument '(\S+)'. Expected 1 values.": r"\1 wants a value",

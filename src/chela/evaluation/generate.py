@@ -2,11 +2,12 @@
 
 import codecs
 import math
+import operator
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -90,7 +91,7 @@ def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
 
 def generate(
     model: CausalLM,
-    prompts: Sequence[Sequence[int]],
+    prompts: Iterable[Iterable[SupportsIndex]],
     max_new_tokens: int,
     *,
     temperature: float = 1.0,
@@ -105,7 +106,8 @@ def generate(
     Args:
         model: in evaluation mode. Merged (`merge`), a token costs hardly more after a long context than after a short
             one.
-        prompts: token ids; shorter ones are padded on the left, which does not change their continuation.
+        prompts: token ids, as lists, arrays, tensors or bytes; shorter ones are padded on the left, which does not
+            change their continuation.
         max_new_tokens: tokens a prompt.
         temperature: as `sample`.
         top_k: as `sample`.
@@ -118,8 +120,9 @@ def generate(
     Raises:
         ValueError: no prompt or an empty one, a token id out of range, an option out of range.
     """
-    _check(prompts, model.config.vocab, max_new_tokens, temperature, top_k, top_p, repetition_penalty)
-    return _stream(model, prompts, max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, dtype)
+    ids = [list(map(operator.index, prompt)) for prompt in prompts]
+    _check(ids, model.config.vocab, max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
+    return _stream(model, ids, max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, dtype)
 
 
 def _check(
@@ -130,6 +133,7 @@ def _check(
     top_k: int,
     top_p: float,
     repetition_penalty: float,
+    seed: int,
 ) -> None:
     if not prompts or not all(prompts):
         raise ValueError("a prompt needs at least one token: give --prompt some text")
@@ -148,6 +152,8 @@ def _check(
         raise ValueError(
             f"repetition-penalty must be positive and finite (1 leaves the logits alone), got {repetition_penalty}"
         )
+    if not 0 <= seed < 1 << 63:
+        raise ValueError(f"seed must lie between 0 and 2^63 - 1, got {seed}")
 
 
 @torch.inference_mode()
@@ -238,7 +244,7 @@ def generate_run(
     started, tokens = time.perf_counter(), 0
     stream = generate(
         model,
-        [coder.encode(prompt.encode()).tolist()],
+        [coder.encode(prompt.encode(errors="surrogateescape")).tolist()],  # bytes of a command line may be no UTF-8
         max_new_tokens,
         temperature=temperature,
         top_k=top_k,

@@ -82,7 +82,7 @@ def read_weights(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
+    except FileNotFoundError:  # safetensors' word for a file that may not be read, too
+        raise ValueError(f"{path} {'may not be read' if path.exists() else 'does not exist'}") from None
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from None
