@@ -37,8 +37,8 @@ class Plan(NamedTuple):
 # `stages` slices of both weights; registers a float32 tile of rows, its hidden columns and, in the last, two matrices.
 PLANS = {
     2: {
-        64: Plan(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
-        128: Plan(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
+        64: Plan(Tile(64, 64, 4, 1), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
+        128: Plan(Tile(64, 64, 4, 1), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
         256: Plan(Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 64, 8, 1)),
     },
     4: {
@@ -46,9 +46,6 @@ PLANS = {
         128: Plan(Tile(64, 64, 8, 1), Tile(64, 64, 8, 1), Tile(64, 64, 8, 1)),
     },
 }
-STAYING = 2**17
-"""Bytes of both weights, of 16-bit numbers, up to which they stay in shared memory in the forward pass, while one
-program for each multiprocessor walks over the tiles of rows. Larger ones pass through for every tile."""
 FOLD = 16
 """Rows of the weights that one program folds."""
 SUM = 4096
@@ -131,7 +128,6 @@ class _Launch:
         self.gains = {"GAIN": gain is not None, "GAIN_STEP": int(norm != "scale"), "SHIFT": shift is not None}
         self.norm = {"NORM": "rms" if norm == "scale" else norm, "EPS": EPS[norm]}
         self.drop = {"DROP": seed is not None}
-        self.stays = dtype.itemsize == 2 and 4 * self.padded * self.block <= STAYING
         self.programs = _programs(x.device)
         weights = x.new_empty(2, self.padded, self.block, dtype=dtype)
         bias = x.new_empty(self.padded, dtype=torch.float32)
@@ -183,10 +179,9 @@ def _forward(
         on = _Launch(x, w1, b1, w2, gain, shift, seed, norm, dropout, dtype)
         tile = on.plan.forward
         x = x.contiguous()
-        programs = min(on.tiles(tile), on.programs) if on.stays else on.tiles(tile)
-        grid(kernels.forward, programs)(
+        grid(kernels.forward, on.tiles(tile))(
             out, x, x if residual is None else residual.contiguous(), *on.weights, b2.contiguous(),
-            dense(mean), dense(rstd), on.drops[0], on.rows, *on.drops[1:], STAY=on.stays, **on.norm, **on.sizes(tile),
+            dense(mean), dense(rstd), on.drops[0], on.rows, *on.drops[1:], **on.norm, **on.sizes(tile),
         )  # fmt: skip
     return out
 

@@ -7,9 +7,9 @@ BLOCK_F and D = BLOCK_D. xh are the rows after the norm, before gain and shift.
     xh = (x - mean) rstd                    w1 = W1 gain,  b1 = b1 + W1 shift
     h = xh w1' + b1     a = m1 silu(h)      y = residual + m2 (a w2 + b2)        m1, m2: dropout's masks, scaled
 
-Sums are float32; what enters a product is rounded to the products' type. In the forward pass weights that fit stay in
-shared memory, and each program walks over tiles of rows. Otherwise, and for the gradients of rows, there is a program
-for each tile, and the weights pass through slice by slice.
+Sums are float32; what enters a product is rounded to the products' type. There is a program for each tile of rows, and
+the weights pass through slice by slice: programs that keep them in shared memory and walk over tiles took half as long
+again (docs/log.md).
 """
 
 import triton
@@ -110,15 +110,6 @@ def slice_of(w1_ptr, w2_ptr, first, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr
 
 
 @triton.jit
-def all_slices(w1_ptr, w2_ptr, F: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr):
-    """All slices, which stay in shared memory for as long as the program runs."""
-    slices = ()
-    for n in tl.static_range(F // BLOCK_F):
-        slices = slices + (slice_of(w1_ptr, w2_ptr, n * BLOCK_F, BLOCK_F, BLOCK_D),)
-    return slices
-
-
-@triton.jit
 def rows_of(tile, rows, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, D: tl.constexpr):
     """Numbers of a tile's rows [BLOCK_M], and where its entries are and whether, [BLOCK_M, BLOCK_D]."""
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -156,38 +147,22 @@ def forward(
     NORM: tl.constexpr,
     EPS: tl.constexpr,
     DROP: tl.constexpr,
-    STAY: tl.constexpr,  # the weights stay in shared memory
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_F: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Outputs of every so-manieth tile of BLOCK_M rows."""
+    """Outputs of a tile of BLOCK_M rows."""
     d = tl.arange(0, BLOCK_D)
-    dtype = w1_ptr.dtype.element_ty
-    b2 = tl.load(b2_ptr + d, mask=d < D, other=0.0).to(tl.float32)
-    if STAY:
-        slices = all_slices(w1_ptr, w2_ptr, F, BLOCK_F, BLOCK_D)
+    row, at, inside = rows_of(tl.program_id(0), rows, BLOCK_M, BLOCK_D, D)
     of_batch = statistics(mean_ptr, rstd_ptr, NORM, D, BLOCK_D)
-    tile = tl.program_id(0)
-    row, at, inside = rows_of(tile, rows, BLOCK_M, BLOCK_D, D)
     xh, _ = normalise(tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32), inside, of_batch, EPS, NORM, D)
-    xh = xh.to(dtype)
-    # A tile is loaded while the one before it is computed.
-    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0), num_stages=1):
-        row, at, inside = rows_of(tile, rows, BLOCK_M, BLOCK_D, D)
-        _, next_at, next_inside = rows_of(tile + tl.num_programs(0), rows, BLOCK_M, BLOCK_D, D)
-        next_x = tl.load(x_ptr + next_at, mask=next_inside, other=0.0)
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        if STAY:
-            for n in tl.static_range(F // BLOCK_F):
-                acc = _forward_slice(acc, xh, slices[n], b1_ptr, seed_ptr, row, n * BLOCK_F, threshold, scale, DROP)
-        else:
-            for first in tl.range(0, F, BLOCK_F, num_stages=STAGES):
-                weights = slice_of(w1_ptr, w2_ptr, first, BLOCK_F, BLOCK_D)
-                acc = _forward_slice(acc, xh, weights, b1_ptr, seed_ptr, row, first, threshold, scale, DROP)
-        acc = dropped(acc + b2[None, :], seed_ptr, row, 0, threshold, scale, 1, DROP)
-        residual = tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out_ptr + at, (residual + acc).to(out_ptr.dtype.element_ty), mask=inside)
-        xh, _ = normalise(next_x.to(tl.float32), next_inside, of_batch, EPS, NORM, D)
-        xh = xh.to(dtype)
+    xh = xh.to(w1_ptr.dtype.element_ty)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for first in tl.range(0, F, BLOCK_F, num_stages=STAGES):
+        weights = slice_of(w1_ptr, w2_ptr, first, BLOCK_F, BLOCK_D)
+        acc = _forward_slice(acc, xh, weights, b1_ptr, seed_ptr, row, first, threshold, scale, DROP)
+    b2 = tl.load(b2_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    acc = dropped(acc + b2[None, :], seed_ptr, row, 0, threshold, scale, 1, DROP)
+    residual = tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, (residual + acc).to(out_ptr.dtype.element_ty), mask=inside)
