@@ -230,6 +230,19 @@ def test_signal_handlers_are_put_back(tmp_path):
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
+def test_a_signal_while_the_model_is_made_saves_after_one_step(tmp_path, undisturbed, monkeypatch):
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return make_optimizer(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("chela.training.loop.make_optimizer", interrupted)
+        result = run_tiny(make_run(tmp_path))[0]
+    assert (result.status, result.step) == ("stopped", 1)
+    run_tiny(make_run(tmp_path))
+    assert_same_run(tmp_path, undisturbed)
+
+
 def test_a_second_ctrl_c_stops_at_once():
     with Interrupt(None) as interrupt:
         os.kill(os.getpid(), signal.SIGINT)

@@ -62,13 +62,13 @@ class Trainer:
     def __exit__(self, *_: object) -> None:
         self.journal.close()
 
-    def fit(self, deadline: float | None) -> bool:
-        """Take the steps that are left; False if a signal or the deadline stopped it, with a checkpoint saved."""
+    def fit(self, interrupt: Interrupt) -> bool:
+        """Take the steps that are left; False if a signal or a time limit stopped it, with a checkpoint saved."""
         run, state = self.run, self.state
         first, busy, counted = state.step, 0.0, state.tokens
         learner = Learner(self.model, self.optimizer, self.guard, self.sums, run, self.dtype, self.carried)
         with (
-            Interrupt(deadline) as interrupt,
+            interrupt,
             Stream(self.source, math.inf if run.train.minutes else run.train.steps, self.device) as stream,
             make_update(learner) as update,
             self.display.live(state.step),

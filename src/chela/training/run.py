@@ -12,6 +12,7 @@ from chela.training import distributed, metrics
 from chela.training.checks import check_run
 from chela.training.device import deterministic
 from chela.training.folder import Found, RunFolder
+from chela.training.interrupt import Interrupt
 from chela.training.loop import Trainer
 from chela.training.progress import Display
 
@@ -59,8 +60,11 @@ def train(run: RunConfig, *, console: Console | None = None) -> Result:
             check_run(run, task)
             distributed.on_main(lambda: folder.claim(run, found, task.tokenizer))
             limit = seconds(run.train.time_limit)
-            with Trainer(run, task, folder, found, device, display) as trainer:
-                finished = trainer.fit(None if limit is None else started + limit)
+            interrupt = Interrupt(None if limit is None else started + limit)
+            with interrupt:  # from here on: what torch imports while a model is made may swallow a Ctrl-C
+                trainer = Trainer(run, task, folder, found, device, display)
+            with trainer:
+                finished = trainer.fit(interrupt)
                 test = trainer.test() if finished else None
             status = "done" if finished else "stopped"
             return Result(folder.path, status, trainer.state.step, trainer.state.best, test)
