@@ -66,6 +66,12 @@ def test_every_suite_is_checked_timed_and_recorded(tmp_path, console):
     assert f"{len(rows)} measurements" in text.replace("\n", " ")
 
 
+def test_a_narrow_terminal_is_shown_every_column(tmp_path):
+    narrow = Console(file=io.StringIO(), width=30, force_terminal=True, color_system=None)
+    run_bench(["short-conv"], out=tmp_path / "b.csv", device="cpu", seconds=0, shapes=SHAPES, console=narrow)
+    assert "tokens/s" in table(narrow)
+
+
 def test_nothing_is_timed_that_fails_its_check(tmp_path, console, monkeypatch):
     (short,) = SUITES["short-conv"]
     timed = []

@@ -139,6 +139,11 @@ def test_curves_of_every_run(three, tmp_path):
     assert text.count(f"stroke: {curves.colour(0)}") >= 6, "three runs in two charts"
 
 
+def test_a_curve_of_one_point_is_seen_whole_at_the_edge():
+    point = curves.Line(curves.colour(0), [3.0], [1.0])
+    assert not re.search(r"<g clip-path[^>]*>\s*<use", curves.draw(curves.Chart("Loss", [point], 3, {})))
+
+
 def test_without_matplotlib_the_page_says_what_to_install(three, tmp_path, monkeypatch):
     monkeypatch.setattr(curves, "available", lambda: False)
     text = read(three, tmp_path)
@@ -245,6 +250,14 @@ def test_a_table_in_a_pipe_has_room_for_long_names(tmp_path):
     box = io.StringIO()
     show([read_run(run) for run in runs], Console(file=box, width=80))
     assert "digits, model.kernel multiscale, optim.lr 0.0001, seed 0" in box.getvalue()
+
+
+def test_a_narrow_terminal_breaks_lines_and_leaves_out_no_number(tmp_path):
+    run, narrow, wide = write_run(tmp_path / "a", preset("digits"), 0.9), io.StringIO(), io.StringIO()
+    show([read_run(run)], Console(file=narrow, width=24, force_terminal=True, color_system=None))
+    show([read_run(run)], Console(file=wide))
+    words = [[word for word in box.getvalue().split() if "─" not in word] for box in (narrow, wide)]
+    assert sorted(words[0]) == sorted(words[1])
 
 
 def make_run(lines: list[tuple[str, dict]], **train) -> Run:

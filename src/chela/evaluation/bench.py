@@ -23,6 +23,7 @@ from chela.evaluation.bench_suite import Contender, Inputs, Shape, Suite
 from chela.evaluation.bench_table import Measured, flatness, shape_text, table
 from chela.evaluation.bench_training import bench_training
 from chela.evaluation.runs import place
+from chela.evaluation.terminal import console_for_tables
 from chela.evaluation.timing import Time, copy_speed, measure
 from chela.ops.impl import resolve
 from chela.ops.random_inputs import draw
@@ -76,7 +77,7 @@ def run_bench(
             raise ValueError(f"unknown op {name!r}{nearest(name, names)}; ops: {', '.join(names)}")
     if seconds < 0:
         raise ValueError(f"seconds must not be negative, got {seconds}")
-    where, console, rows = place(device), console or Console(), []
+    where, console, rows = place(device), console_for_tables(console), []
     kind, provenance = compute_type(dtype, where), _provenance(where)
     with _written(out) as file:
         writer = csv.DictWriter(file, COLUMNS)

@@ -100,8 +100,9 @@ def _plot(figure: "Figure", chart: Chart, rule: str, alone: bool) -> None:
     for line in chart.lines:
         marker = "o" if (alone and len(line.places) <= 20) or len(line.places) == 1 else None
         (named[line.name],) = axes.plot(
-            line.places, line.values, color=line.colour, linewidth=1.6, alpha=0.9, marker=marker, markersize=4
-        )
+            line.places, line.values, color=line.colour, linewidth=1.6, alpha=0.9, marker=marker, markersize=4,
+            clip_on=marker is None,
+        )  # fmt: skip
     for name, level in chart.levels.items():
         axes.axhline(level, color=rule, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
         axes.annotate(
