@@ -56,7 +56,7 @@ OPTIONS = {
         " --model.d-model --model.d-ff --model.d-key --model.d-value --model.heads --model.causal"
         " --model.short-width --model.kernel-length --model.kernel --model.taps-per-octave --model.branches"
         " --model.branch-norm --model.squash --model.tap-dropout --model.attention --model.attention-norm"
-        " --model.decay --model.norm --model.prenorm --model.dropout --model.pooling --model.merged"
+        " --model.decay --model.norm --model.prenorm --model.dropout --model.token-dropout --model.pooling --model.merged"
         " --data.task --data.root --data.encoding --data.vocab --data.packed --data.rate"
         " --data.max-length --data.min-length --data.examples"
         " --data.distractors --data.seed"
