@@ -220,6 +220,9 @@ def test_load_refuses_what_it_cannot_trust(tmp_path, monkeypatch):
         (lambda: make(replace(SMALL, inputs="real"))(torch.zeros(1, 4, dtype=torch.long)), "real values"),
         (lambda: CausalLM(SMALL), "causal"),
         (lambda: replace(LM, norm="batch"), "batch norm looks across"),
+        (lambda: replace(LM, kind="lm"), "model.kind must be one of classifier, two-tower, causal-lm; got 'lm'"),  # pyrefly: ignore
+        (lambda: replace(LM, layers="2"), "model.layers must be int, got '2'"),  # pyrefly: ignore
+        (lambda: replace(LM, d_model=16.0), "model.d_model must be int, got 16.0"),  # pyrefly: ignore
     ],
 )
 def test_mistakes_are_named(call, part):

@@ -5,9 +5,10 @@ each replacement is checked again. Sizes are plain counts: tokens, channels, exa
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from numbers import Integral
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 Encoding = Literal["", "bytes", "bpe", "characters", "real", "tokens"]
 
@@ -15,6 +16,15 @@ Encoding = Literal["", "bytes", "bpe", "characters", "real", "tokens"]
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise ValueError(message)
+
+
+def _check_fields(config: "ModelConfig | DataConfig | OptimConfig | TrainConfig", part: str) -> None:
+    """Refuse what a type checker would: no whole number, or none of the choices."""
+    for f in fields(config):
+        value, choices = getattr(config, f.name), get_args(f.type)
+        if get_origin(f.type) is Literal:
+            _require(value in choices, f"{part}.{f.name} must be one of {', '.join(choices)}; got {value!r}")
+        _require(f.type is not int or isinstance(value, Integral), f"{part}.{f.name} must be int, got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +94,7 @@ class ModelConfig:
     """The long convolution's branches are folded into one kernel: for inference, no longer trainable as branches."""
 
     def __post_init__(self) -> None:
+        _check_fields(self, "model")
         for name in ("vocab", "channels", "layers", "d_model", "d_key", "d_value", "heads", "taps_per_octave"):
             _require(getattr(self, name) >= 1, f"model.{name} must be at least 1, got {getattr(self, name)}")
         _require(self.classes >= 2, f"model.classes must be at least 2, got {self.classes}")
@@ -145,6 +156,7 @@ class DataConfig:
     """Seed of generated data and of splits that are not published; the seed of a run does not change them."""
 
     def __post_init__(self) -> None:
+        _check_fields(self, "data")
         for name in ("vocab", "rate", "max_length", "min_length", "examples", "distractors", "seed"):
             _require(getattr(self, name) >= 0, f"data.{name} must not be negative, got {getattr(self, name)}")
         _require(
@@ -175,6 +187,7 @@ class OptimConfig:
     """What follows the warm-up, down to zero at the last step (or constant)."""
 
     def __post_init__(self) -> None:
+        _check_fields(self, "optim")
         for name in ("lr", "eps"):
             value = getattr(self, name)
             _require(0 < value < math.inf, f"optim.{name} must be positive and finite, got {value}")
@@ -239,6 +252,7 @@ class TrainConfig:
     """Ask torch for deterministic algorithms everywhere."""
 
     def __post_init__(self) -> None:
+        _check_fields(self, "train")
         for name in (
             "steps",
             "batch_size",
