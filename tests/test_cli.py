@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,6 +59,19 @@ def test_the_run_goes_to_its_own_folder_when_none_is_named(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     succeed("train", "digits", *SMALL, "--seed", 3)
     assert (tmp_path / "runs" / "digits-seed3" / "model.safetensors").is_file()
+
+
+def test_a_home_folder_that_the_shell_left_as_it_was_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    train_digits(Path("~/run"))  # as of --out=~/run
+    assert (tmp_path / "home" / "run" / "model.safetensors").is_file()
+    assert not (tmp_path / "~").exists()
+
+
+def test_a_folder_whose_name_is_no_utf8_is_refused(tmp_path):
+    line = refuse(tmp_path, "train", "digits", *SMALL, "--out", f"{tmp_path}/a\udcff")
+    assert "is not UTF-8, and config.toml could not name it" in line
 
 
 def test_a_second_training_says_that_the_run_is_done_and_changes_nothing(run):

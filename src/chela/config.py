@@ -296,6 +296,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _require(0 <= self.seed < 1 << 63, f"seed must lie between 0 and 2^63 - 1, got {self.seed}")
+        for name, path in (("out", self.out), ("data.root", self.data.root)):
+            plain = str(path).encode(errors="replace").decode() == str(path)
+            _require(
+                plain, f"{name} {str(path)!r} is not UTF-8, and config.toml could not name it: take another folder"
+            )
         _require(
             not (self.data.packed and self.train.length_warmup),
             "train.length_warmup cuts windows, and data.packed has none: take one of them",
@@ -304,7 +309,7 @@ class RunConfig:
     @property
     def folder(self) -> Path:
         """Where the run lives: `out`, or runs/PRESET-seedN."""
-        return self.out if self.out != Path("") else Path("runs") / f"{self.preset}-seed{self.seed}"
+        return self.out.expanduser() if self.out != Path("") else Path("runs") / f"{self.preset}-seed{self.seed}"
 
 
 def seconds(duration: str) -> float | None:
