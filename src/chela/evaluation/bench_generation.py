@@ -132,18 +132,26 @@ def run(name: str, model: CausalLM, shape: Shape, device: torch.device, seconds:
     prefill = _measure(read, device, seconds)
     logits, state = last.pop()
     row_mib = state.nbytes / shape["B"] / MIB
-    decoder, grows, written = Decoder(model, state, room=count), model.config.mixer == "transformer", 0
+    first, behind, kept = logits[:, -1].argmax(-1), [state], []
     del state
 
-    def write() -> None:
-        nonlocal written
-        if grows:  # the context is the same in every repeat
-            decoder.rewind(written)
-        written, token = count, logits[:, -1].argmax(-1)
-        for _ in range(count):
-            token = decoder.step(token).argmax(-1)
+    def start() -> None:
+        """Stand behind the prompt again, with a step recorded."""
+        if model.config.mixer == "chela":
+            kept[:] = []  # before the next one takes as much memory
+            kept[:] = [Decoder(model, behind[0].clone())]
+        elif kept:
+            kept[0].rewind(count + 1)
+        else:
+            kept[:] = [Decoder(model, behind.pop(), room=count + 1)]
+        kept[0].step(first)
 
-    step = _measure(write, device, seconds).shared(count)
+    def write() -> None:
+        token = first
+        for _ in range(count):
+            token = kept[0].step(token).argmax(-1)
+
+    step = _measure(write, device, seconds, before=start).shared(count)
     peak = torch.cuda.max_memory_allocated(device) / MIB if on_gpu else None
     return Result(name, model.config, shape, {"prefill": prefill, "step": step}, row_mib, peak)
 
@@ -158,10 +166,18 @@ def _read(model: CausalLM, tokens: Tensor, piece: int) -> tuple[Tensor, ChelaSta
     return found
 
 
-def _measure(work: Callable[[], object], device: torch.device, seconds: float) -> Time:
-    """Wall clock of repeats for about so long, after one that may compile and record: at least three within LONG."""
+def _measure(
+    work: Callable[[], object], device: torch.device, seconds: float, before: Callable[[], object] = lambda: None
+) -> Time:
+    """Wall clock of repeats for about so long, after one that may compile: at least three within LONG.
+
+    What comes before each repeat is not timed.
+    """
 
     def clock() -> float:
+        before()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         began = time.perf_counter()
         work()
         if device.type == "cuda":

@@ -37,8 +37,8 @@ class Plan(NamedTuple):
 # `stages` slices of both weights; registers a float32 tile of rows, its hidden columns and, in the last, two matrices.
 PLANS = {
     2: {
-        64: Plan(Tile(64, 64, 4, 1), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
-        128: Plan(Tile(64, 64, 4, 1), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
+        64: Plan(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
+        128: Plan(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
         256: Plan(Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 64, 8, 1)),
     },
     4: {

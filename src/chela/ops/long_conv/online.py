@@ -262,6 +262,7 @@ def _read_past(state: OnlineState, kernel: Tensor) -> None:
             x = past[:, max(0, stop - block) : stop, of]
             product = spectrum(x, block - x.shape[1], points)
             taps = torch.fft.rfft(kernel[of, ends : ends + block + epoch].to(wide), points)
-            total = product.mul_(taps) if total is None else total.addcmul_(product, taps)
+            product *= taps
+            total = product if total is None else total.add_(product)  # addcmul_ would be compiled first, for seconds
         assert total is not None
         pending[..., of] = torch.fft.irfft(total, points)[..., block : block + epoch].mT
