@@ -98,6 +98,18 @@ def test_compiled_blocks_give_the_same_loss_and_gradients_at_every_length(tmp_pa
         torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
 
 
+def test_models_compiled_one_after_another_do_not_add_up_to_the_limit(tmp_path, monkeypatch):
+    compile_part = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda part, **options: compile_part(part, backend="eager", **options)
+    )
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for width in (16, 24, 32):
+            network = build(make_run(tmp_path, model={"d_model": width}).model)
+            compile_blocks(network)
+            forward(network, make_task().train.batch(np.arange(4)))
+
+
 gpu = pytest.mark.gpu
 
 

@@ -93,8 +93,11 @@ def bench_training(
     error = check(device, dtype)
     results: list[Result] = []
     for shape in shapes or SHAPES[device.type]:
-        here = [e for e in entrants(shape["T"])[: None if peers else 1] if shape["T"] <= e.longest]
-        results += [run(entrant, shape, device, dtype, seconds) for entrant in here]
+        for entrant in entrants(shape["T"])[: None if peers else 1]:
+            if shape["T"] <= entrant.longest:
+                results.append(run(entrant, shape, device, dtype, seconds))
+                found = f"{entrant.name} at B{shape['B']} T{shape['T']}: {results[-1].time.median:.2f} ms"
+                console.print(found, highlight=False, markup=False)  # minutes pass before the table
     console.print(_table(results))
     return [_row(result, dtype, error if result.entrant.name == "chela" else None) for result in results]
 

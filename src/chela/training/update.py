@@ -177,9 +177,12 @@ def compile_blocks(model: nn.Module) -> None:
     """Compile the model's blocks, one program for all of them and for every length, and what follows them.
 
     Weights and their names stay as they are. Kernels of flash-linear-attention cannot be traced and stay uncompiled.
+    A model compiled before is compiled again at its next call.
     """
     if model.backbone.config.mixer == "gla":  # pyrefly: ignore
         return
+    # Programs of all models in a process count against one limit a function, and the ninth would be refused.
+    torch.compiler.reset()
     # Launched one by one, a last batch norm and a mean over positions took a tenth of a step of the listops preset.
     after = [model.backbone.last_norm, getattr(model, "pooling", None)]  # pyrefly: ignore
     for part in [*model.backbone.blocks, *after]:  # pyrefly: ignore
