@@ -31,7 +31,7 @@ def listops() -> RunConfig:
     """LRA ListOps, trees of 500 to 2000 symbols, generated on the spot (one GPU, a first recipe).
 
     A free tap for every lag learns the training trees by heart (docs/log.md); two parameters an octave cannot. Batch
-    norm and mean pooling won a screening on shorter trees.
+    norm and mean pooling won a screening on shorter trees, this dropout and decay one of full length (docs/lra.md).
     """
     return RunConfig(
         preset="listops",
@@ -44,12 +44,12 @@ def listops() -> RunConfig:
             taps_per_octave=2,
             norm="batch",
             pooling="mean",
-            dropout=0.1,
+            dropout=0.2,
         ),
         data=DataConfig(task="listops"),
-        optim=OptimConfig(lr=3e-3, kernel_lr=1e-3, weight_decay=0.05, warmup=2000),
+        optim=OptimConfig(lr=3e-3, kernel_lr=1e-3, weight_decay=0.1, warmup=1500),
         train=TrainConfig(
-            steps=30_000,
+            steps=15_000,
             batch_size=64,
             bucket_batches=50,
             pad_multiple=128,
@@ -67,9 +67,11 @@ def listops_tiny() -> RunConfig:
     return replace(
         start,
         preset="listops-tiny",
-        model=replace(start.model, layers=3, d_model=64, d_ff=128, d_key=32, d_value=128, kernel_length=128),
+        model=replace(
+            start.model, layers=3, d_model=64, d_ff=128, d_key=32, d_value=128, kernel_length=128, dropout=0.1
+        ),
         data=replace(start.data, min_length=16, max_length=128, examples=50_000),
-        optim=replace(start.optim, warmup=200),
+        optim=replace(start.optim, weight_decay=0.05, warmup=200),
         train=replace(
             start.train,
             steps=2000,
@@ -94,9 +96,9 @@ def text() -> RunConfig:
     return replace(
         start,
         preset="text",
-        model=replace(start.model, vocab=257, classes=2, layers=4, kernel_length=4096, dropout=0.2, token_dropout=0.3),
+        model=replace(start.model, vocab=257, classes=2, layers=4, kernel_length=4096, token_dropout=0.3),
         data=DataConfig(task="text"),
-        optim=replace(start.optim, weight_decay=0.1, warmup=1000, schedule="cosine"),
+        optim=replace(start.optim, warmup=1000, schedule="cosine"),
         train=replace(start.train, steps=11_000, batch_size=50, eval_batch_size=100),
     )
 
@@ -110,10 +112,9 @@ def retrieval() -> RunConfig:
     return replace(
         start,
         preset="retrieval",
-        model=replace(start.model, kind="two-tower", vocab=257, classes=2, kernel_length=4096),
+        model=replace(start.model, kind="two-tower", vocab=257, classes=2, kernel_length=4096, dropout=0.1),
         data=DataConfig(task="retrieval"),
-        optim=replace(start.optim, weight_decay=0.04),
-        train=replace(start.train, steps=15_000),
+        optim=replace(start.optim, weight_decay=0.04, warmup=2000),
     )
 
 
@@ -127,9 +128,9 @@ def image() -> RunConfig:
     start = listops()
     return RunConfig(
         preset="image",
-        model=replace(start.model, inputs="real", vocab=256, kernel_length=1024, branches=(7, 35, 100)),
+        model=replace(start.model, inputs="real", vocab=256, kernel_length=1024, branches=(7, 35, 100), dropout=0.1),
         data=DataConfig(task="image"),
-        optim=replace(start.optim, schedule="cosine", warmup=1000),
+        optim=replace(start.optim, weight_decay=0.05, schedule="cosine", warmup=1000),
         train=TrainConfig(
             steps=120_000,
             batch_size=50,
