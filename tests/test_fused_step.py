@@ -26,7 +26,7 @@ TRANSFORMER = ModelConfig(
 )
 MODELS = {
     "layer norm": CHELA,
-    "rms norm, heads with decay": replace(CHELA, norm="rms", heads=2, decay=True),
+    "rms norm, heads with decay, SwiGLU": replace(CHELA, norm="rms", heads=2, decay=True, feed_forward="swiglu"),
     "scale norm, branch norm": replace(CHELA, norm="scale", branch_norm=True, attention_norm="none"),
     "no feed-forward part, wide": replace(CHELA, d_ff=0, d_model=70, short_width=1),
     "Transformer": TRANSFORMER,

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chela.layers import ChelaBlock, ChelaLayer, GatedLinearAttention, ShortLongConv
+from chela.layers.feed_forward import SwiGLU
 from chela.layers.long_kernel import BranchedKernel, DenseKernel, FoldedKernel, MultiscaleKernel
 from chela.layers.norms import make_norm
 from chela.layers.padding import zero_padding
@@ -281,6 +282,20 @@ def test_a_block_gives_the_same_numbers_on_kernels(norm, prenorm):
     torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-3)
 
 
+def test_a_block_with_swiglu_adds_what_its_formula_says():
+    block = ChelaBlock(layer(), d_ff=10, feed_forward="swiglu").double().eval()
+    plain = ChelaBlock(block.layer, d_ff=0).double().eval()
+    plain.layer_norm.load_state_dict(block.layer_norm.state_dict())
+    x = torch.randn(2, 9, D, dtype=torch.float64)
+    half, part, norm = plain(x)[0], block.feed_forward, block.feed_forward_norm
+    assert isinstance(part, SwiGLU)
+    assert norm is not None
+    a, b = part.gate_up.weight[:10], part.gate_up.weight[10:]
+    wide = norm(half)
+    added = (torch.nn.functional.silu(wide @ a.T) * (wide @ b.T)) @ part.down.weight.T
+    torch.testing.assert_close(block(x)[0], half + added)
+
+
 @pytest.mark.parametrize("attention", [True, False])
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("training", [True, False])
@@ -336,6 +351,7 @@ def test_a_block_with_batch_norm_compiles_whole():
     ("make", "part"),
     [
         (lambda: make_norm("group", D), "norm must be one of"),  # pyrefly: ignore
+        (lambda: ChelaBlock(layer(), feed_forward="glu"), "feed_forward must be mlp or swiglu"),  # pyrefly: ignore
         (lambda: GatedLinearAttention(D, d_value=10, heads=3), "not a multiple"),
         (lambda: GatedLinearAttention(D, norm="max"), "norm must be"),  # pyrefly: ignore
         (lambda: GatedLinearAttention(D, causal=False, decay=True), "decay needs causal"),

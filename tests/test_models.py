@@ -65,7 +65,10 @@ def test_two_towers_see_both_sides_and_share_weights():
     torch.testing.assert_close(model(a, b, mask, None), model(a, b))
 
 
-@pytest.mark.parametrize("changes", [{}, {"decay": True, "heads": 2}, {"attention_norm": "sum"}, {"prenorm": False}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"decay": True, "heads": 2, "feed_forward": "swiglu"}, {"attention_norm": "sum"}, {"prenorm": False}],
+)
 @pytest.mark.parametrize("merged", [False, True])
 def test_prefill_and_steps_equal_the_full_forward(changes, merged):
     model = make(replace(LM, **changes))

@@ -6,6 +6,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from chela.layers.chela import ChelaLayer, LayerState
+from chela.layers.feed_forward import FeedForwardKind, make_feed_forward
 from chela.layers.norms import BatchNorm, NormKind, make_norm
 from chela.ops.dropout import draw_seed
 from chela.ops.feed_forward import feed_forward, fits
@@ -19,6 +20,7 @@ class ChelaBlock(nn.Module):
     Args:
         layer: the sequence mixer; its gate is the residual connection.
         d_ff: width of the feed-forward part; 0 leaves it out.
+        feed_forward: "mlp" or "swiglu" (see `make_feed_forward`); the fused op is of the first.
         norm: "layer", "rms", "scale" or "batch".
         prenorm: norm before each half instead of after it; the stack then ends in a norm of its own.
         dropout: inside and after the feed-forward part.
@@ -29,6 +31,7 @@ class ChelaBlock(nn.Module):
         layer: ChelaLayer,
         *,
         d_ff: int = 256,
+        feed_forward: FeedForwardKind = "mlp",
         norm: NormKind = "layer",
         prenorm: bool = True,
         dropout: float = 0.0,
@@ -40,13 +43,7 @@ class ChelaBlock(nn.Module):
         self.feed_forward = self.feed_forward_norm = None
         if d_ff > 0:
             self.feed_forward_norm = make_norm(norm, layer.d_model)
-            self.feed_forward = nn.Sequential(
-                nn.Linear(layer.d_model, d_ff),
-                nn.SiLU(),
-                nn.Dropout(dropout),
-                nn.Linear(d_ff, layer.d_model),
-                nn.Dropout(dropout),
-            )
+            self.feed_forward = make_feed_forward(feed_forward, layer.d_model, d_ff, dropout)
 
     def forward(
         self,
@@ -84,7 +81,8 @@ class ChelaBlock(nn.Module):
 
     def _fused(self, x: Tensor, impl: Impl) -> bool:
         """Whether the feed-forward part runs in one op."""
-        return self.feed_forward is not None and fits(x) and resolve(impl, x.device, "feed_forward") == "triton"
+        is_mlp = isinstance(self.feed_forward, nn.Sequential)
+        return is_mlp and fits(x) and resolve(impl, x.device, "feed_forward") == "triton"
 
     def _feed_forward(self, x: Tensor, mask: Tensor | None, moments: Moments | None, impl: Impl) -> Tensor:
         """`x + feed_forward(norm(x))` (post-norm: of x itself); `moments` are what a batch norm trains with."""
@@ -101,6 +99,7 @@ class ChelaBlock(nn.Module):
             options["shift"] = norm.bias if self.norm in ("layer", "batch") else None
         if self.prenorm and isinstance(norm, BatchNorm):
             options["mean"], options["rstd"] = norm.statistics(moments)
+        assert isinstance(layers, nn.Sequential)
         first, last = layers[0], layers[3]
         assert isinstance(first, nn.Linear)
         assert isinstance(last, nn.Linear)

@@ -38,4 +38,11 @@ def _chela(config: ModelConfig) -> ChelaBlock:
         tap_dropout=config.tap_dropout,
         dropout=config.dropout,
     )
-    return ChelaBlock(layer, d_ff=config.d_ff, norm=config.norm, prenorm=config.prenorm, dropout=config.dropout)
+    return ChelaBlock(
+        layer,
+        d_ff=config.d_ff,
+        feed_forward=config.feed_forward,
+        norm=config.norm,
+        prenorm=config.prenorm,
+        dropout=config.dropout,
+    )

@@ -12,11 +12,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from chela.layers import ChelaBlock, LayerState
+from chela.layers.feed_forward import SwiGLU
 from chela.layers.long_kernel import FoldedKernel
 from chela.layers.norms import LayerNorm, RMSNorm, ScaleNorm
 from chela.models.causal_lm import CausalLM
 from chela.models.state import ChelaState
-from chela.models.transformer import KeyValues, RotaryAttention, SwiGLU, TransformerBlock, rotary_rates
+from chela.models.transformer import KeyValues, RotaryAttention, TransformerBlock, rotary_rates
 from chela.ops import decoding
 from chela.ops.decoding import Convolutions, Heads, Norm
 from chela.ops.impl import Impl, resolve
@@ -63,8 +64,7 @@ class _ChelaStep:
         self.from_x, self.out = _Product(dtype, attention.from_x), _Product(dtype, attention.out)
         self.feed_forward = None
         if block.feed_forward is not None:
-            first, last = block.feed_forward[0], block.feed_forward[3]
-            self.feed_forward = _Product(dtype, first, activation="silu"), _Product(dtype, last)  # pyrefly: ignore
+            self.feed_forward = _feed_forward(block.feed_forward, dtype)
 
     def __call__(self, x: Tensor, more: Tensor | None, state: LayerState) -> tuple[Tensor, Tensor | None]:
         """The stream after the gate, and what the feed-forward part will add to it."""
@@ -79,6 +79,14 @@ class _ChelaStep:
         return x, last(first(y))
 
 
+def _feed_forward(part: nn.Module, dtype: torch.dtype) -> tuple[_Product, _Product]:
+    if isinstance(part, SwiGLU):
+        return _Product(dtype, part.gate_up, activation="swiglu"), _Product(dtype, part.down)
+    assert isinstance(part, nn.Sequential)
+    first, last = part[0], part[3]
+    return _Product(dtype, first, activation="silu"), _Product(dtype, last)  # pyrefly: ignore
+
+
 class _TransformerStep:
     def __init__(self, block: TransformerBlock, dtype: torch.dtype) -> None:
         assert isinstance(block.mixer, RotaryAttention)
@@ -86,11 +94,8 @@ class _TransformerStep:
         self.qkv, self.out = _Product(dtype, block.mixer.qkv), _Product(dtype, block.mixer.out)
         self.rates = rotary_rates(block.mixer.qkv.in_features // block.mixer.heads, self.qkv.weight.device)
         self.feed_forward = None
-        if isinstance(block.feed_forward, SwiGLU):
-            self.feed_forward = (
-                _Product(dtype, block.feed_forward.gate_up, activation="swiglu"),
-                _Product(dtype, block.feed_forward.down),
-            )
+        if block.feed_forward is not None:
+            self.feed_forward = _feed_forward(block.feed_forward, dtype)
 
     def __call__(self, x: Tensor, more: Tensor, state: KeyValues, position: Tensor) -> tuple[Tensor, Tensor]:
         x, y = decoding.add_norm(x, more, self.norm, self.dtype)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from chela.layers.feed_forward import SwiGLU
 from chela.layers.norms import NormKind, make_norm
 from chela.ops.impl import Impl
 from chela.ops.precision import wide_dtype
@@ -137,20 +138,6 @@ class TransformerBlock(nn.Module):
         if self.feed_forward is not None and self.feed_forward_norm is not None:
             x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
         return x, after
-
-
-class SwiGLU(nn.Module):
-    """`(SiLU(x A) * x B) C`, without biases."""
-
-    def __init__(self, d_model: int, d_ff: int) -> None:
-        super().__init__()
-        self.gate_up = nn.Linear(d_model, 2 * d_ff, bias=False)
-        self.down = nn.Linear(d_ff, d_model, bias=False)
-
-    def forward(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
-        """Apply to vectors [..., D]."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
 
 
 def rotate(x: Float[Tensor, "b t h k"], first: int) -> Float[Tensor, "b t h k"]:
