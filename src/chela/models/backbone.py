@@ -29,28 +29,37 @@ class Embedding(nn.Module):
             self.values = nn.Linear(config.channels, config.d_model)
 
     def forward(self, inputs: Tensor) -> Float[Tensor, "b t d"]:
-        """Embed integers [B, T] or real values [B, T, C].
+        """Embed int64 or int32 [B, T] or real values [B, T, C].
 
         While training, whole steps are dropped: their vectors are zero, and the others are not scaled up (word dropout,
         Iyyer et al. 2015).
 
         Raises:
-            ValueError: wrong shape or type; a token id out of range (on a CPU; a GPU is not synchronised for it).
+            ValueError: what `check` refuses; a token id out of range (on a CPU; a GPU is not synchronised for it).
         """
+        self.check(inputs)
         if self.inputs == "real":
-            if inputs.ndim != 3 or inputs.shape[2] != self.channels or not inputs.is_floating_point():
-                raise ValueError(
-                    f"the model reads real values [B, T, {self.channels}], got {inputs.dtype} {tuple(inputs.shape)}"
-                )
             return self._drop(self.values(inputs))
-        if inputs.ndim != 2 or inputs.is_floating_point():
-            raise ValueError(f"the model reads integer tokens [B, T], got {inputs.dtype} {tuple(inputs.shape)}")
         if inputs.device.type == "cpu" and inputs.numel() and not torch.compiler.is_compiling():
             low, high = int(inputs.min()), int(inputs.max())
             if low < 0 or high >= self.vocab:
                 wrong = low if low < 0 else high
                 raise ValueError(f"token id {wrong} is outside the model's vocabulary 0..{self.vocab - 1}")
         return self._drop(self.tokens(inputs))
+
+    def check(self, inputs: Tensor) -> None:
+        """Refuse what is no batch of inputs.
+
+        Raises:
+            ValueError: no tensor, wrong shape or type.
+        """
+        real = self.inputs == "real"
+        wanted = f"real values [B, T, {self.channels}]" if real else "tokens [B, T] of type int64 or int32"
+        if not isinstance(inputs, Tensor):
+            raise ValueError(f"the model reads a tensor, {wanted}; got {type(inputs).__name__}")
+        typed = inputs.is_floating_point() if real else inputs.dtype in (torch.int64, torch.int32)
+        if not typed or inputs.ndim != (3 if real else 2) or (real and inputs.shape[2] != self.channels):
+            raise ValueError(f"the model reads {wanted}, got {inputs.dtype} {tuple(inputs.shape)}")
 
     def _drop(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
         if not self.training or self.dropout == 0:

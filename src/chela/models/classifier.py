@@ -56,8 +56,9 @@ class Classifier(nn.Module):
         """Pooled vectors [B, D] of a batch of sequences.
 
         Raises:
-            ValueError: the sequences are longer than the kernel.
+            ValueError: wrong inputs, or sequences longer than the kernel.
         """
+        self.backbone.embedding.check(inputs)
         length, reach = inputs.shape[1], self.config.kernel_length
         if reach and length > reach:
             raise ValueError(
