@@ -400,3 +400,15 @@ def test_a_step_refuses_what_does_not_fit(changes, message):
     long_conv_step(**good)
     with pytest.raises(ValueError, match=message):
         long_conv_step(**good | changes)
+
+
+@pytest.mark.parametrize(("batch", "length"), [(0, 40), (2, 0), (0, 0)])
+def test_nothing_in_gives_nothing_out(batch, length):
+    x = torch.randn(batch, length, 4, requires_grad=True)
+    state = torch.randn(batch, 31, 4)
+    y, after = long_conv(x, torch.randn(4, 32), state=state, return_state=True)
+    y.sum().backward()
+    assert y.shape == x.shape
+    assert x.grad is not None
+    assert after is not None
+    assert after.shape == state.shape

@@ -144,27 +144,29 @@ def image() -> RunConfig:
 
 
 def pathfinder() -> RunConfig:
-    """LRA Pathfinder, are two dots joined by a path, 32 x 32 pixels (one GPU, untuned start).
+    """LRA Pathfinder, are two dots joined by a path, 32 x 32 pixels (one GPU).
 
-    As for Image; decay after LongConv, dropout after S5, 50 epochs where they take 200. A long stay at chance before
-    learning is usual.
+    Narrow, half of Image's width. It leaves chance within two epochs where 2 parameters an octave, which blur pixels a
+    few rows away, did not in eighteen (docs/lra.md). Rate after S4, decay after LongConv.
     """
     start = image()
     return replace(
         start,
         preset="pathfinder",
-        model=replace(start.model, classes=2, dropout=0.05),
+        model=replace(
+            start.model, classes=2, d_model=64, d_ff=128, d_key=32, d_value=128, taps_per_octave=16, dropout=0.0
+        ),
         data=DataConfig(task="pathfinder"),
-        optim=replace(start.optim, weight_decay=0.03, warmup=5000),
-        train=replace(start.train, steps=62_500, batch_size=128, eval_every=2500, chance_after=20_000),
+        optim=replace(start.optim, lr=4e-3, weight_decay=0.03, warmup=2000),
+        train=replace(start.train, steps=150_000, batch_size=64, eval_every=5000, chance_after=30_000),
     )
 
 
 def path_x() -> RunConfig:
     """LRA Path-X, the same question on 128 x 128 pixels, 16,384 steps (one GPU, untuned start).
 
-    As for Pathfinder; sizes after MEGA, rate and decay after S4, 8 epochs where they take 50. The last branch reaches
-    one row (128 steps).
+    As for Pathfinder; depth and width after MEGA, rate and decay after S4, 8 epochs where they take 50. The last branch
+    reaches one row (128 steps).
     """
     start = pathfinder()
     return replace(
@@ -173,13 +175,8 @@ def path_x() -> RunConfig:
         model=replace(
             start.model,
             layers=4,
-            d_model=64,
-            d_ff=128,
-            d_key=32,
-            d_value=128,
             kernel_length=16_384,
             branches=(7, 31, 132),
-            dropout=0.0,
         ),
         data=DataConfig(task="path-x"),
         optim=replace(start.optim, lr=1e-3, weight_decay=0.05, warmup=2000),

@@ -29,7 +29,8 @@ def with_history(
     def whole(x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         history = x if state is None else torch.cat([state, x], dim=1)
         reverse = kernel[:, :0] if reverse_kernel is None else reverse_kernel
-        out = convolve(history, kernel, reverse, x.shape[1]) if x.shape[1] else history[:, :0]
+        some = x.shape[0] and x.shape[1]  # no FFT library takes none
+        out = convolve(history, kernel, reverse, x.shape[1]) if some else history[:, history.shape[1] - x.shape[1] :]
         return out, history[:, max(0, history.shape[1] - kept) :].clone() if return_state else history[:, :0]
 
     def filled(x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
