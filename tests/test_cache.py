@@ -5,6 +5,7 @@ import platform
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -49,6 +50,18 @@ def test_all_rows_are_made_once(tmp_path):
     assert len(calls) == 4
     make(tmp_path, produce, other=2)
     assert len(calls) == 8
+
+
+def test_what_the_disk_cannot_hold_is_not_begun(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda place: SimpleNamespace(free=100))
+    with pytest.raises(ValueError, match=r"numbers would take .* make room, or name another folder"):
+        make(tmp_path, rows)  # 140 bytes
+    assert not [*tmp_path.rglob("*.npy")]
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda place: SimpleNamespace(free=140))
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, stopping_at(6))
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda place: SimpleNamespace(free=20))  # one row is left
+    assert np.array_equal(make(tmp_path, rows), rows(0, 7))
 
 
 @pytest.mark.parametrize("stop_at", [0, 2, 6])

@@ -108,6 +108,8 @@ def prepared_rows(
     if not folder.is_dir():
         _writable(folder)
         aside = folder.with_name(f"{folder.name}.part.tmp")
+        there = sum(path.stat().st_size for path in aside.glob("*.npy"))  # of an earlier call
+        require_room(root, name, shape[0] * shape[1] * np.dtype(dtype).itemsize - there)
         aside.mkdir(exist_ok=True)
         try:
             _fill(aside / "rows.npy", name, shape, np.dtype(dtype), make, progress)
@@ -116,6 +118,28 @@ def prepared_rows(
                 raise
         _publish(aside, folder)
     return _load(folder)["rows"]
+
+
+def require_room(root: Path, name: str, size: int) -> None:
+    """Refuse to begin what cannot end.
+
+    Args:
+        root: data root.
+        name: what is to be made.
+        size: its bytes, at least.
+
+    Raises:
+        ValueError: the disk has less left.
+    """
+    place = root.expanduser()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if size > free:
+        raise ValueError(
+            f"{name} would take {size / 2**30:,.1f} GiB, and {place} has {free / 2**30:,.1f} GiB left: ask for fewer "
+            "examples, make room, or name another folder with --data.root"
+        )
 
 
 def _fill(

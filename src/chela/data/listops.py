@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from chela.config import DataConfig
-from chela.data.cache import Arrays, prepared
+from chela.data.cache import Arrays, prepared, require_room
 from chela.data.find import lines, stamp
 from chela.data.listops_trees import IDS, SYMBOLS, evaluate, generate
 from chela.data.ragged import RaggedSplit
@@ -106,6 +106,7 @@ def _generated(config: DataConfig, progress: Callable[[str], None] | None) -> li
         raise ValueError(f"data.examples is {count}: the three splits take 100 trees at least")
 
     def make() -> Arrays:
+        require_room(config.root, f"listops with {count:,} trees", count * shorter)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         trees = generate(
             count, seed=config.seed, shorter=shorter, longer=longer, processes=min(cores, 8), progress=progress
