@@ -68,9 +68,10 @@ def test_tiny_presets_share_the_full_ones_choices():
 
 
 @pytest.mark.parametrize("name", ["lm-chela", "lm-transformer", "lm-gla"])
-def test_language_models_side_by_side_have_40_million_parameters_and_differ_in_the_model_alone(name):
+def test_language_models_side_by_side_have_40_million_parameters_and_differ_in_model_and_rate_alone(name):
     run, first = preset(name), preset("lm-chela")
-    assert replace(run, preset="", model=first.model) == replace(first, preset="")
+    same_rate = replace(run.optim, lr=first.optim.lr)
+    assert replace(run, preset="", model=first.model, optim=same_rate) == replace(first, preset="")
     assert run.data.max_length == 8192
     if run.model.mixer == "gla" and not find_spec("fla"):
         pytest.skip("flash-linear-attention is not installed")

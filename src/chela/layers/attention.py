@@ -66,8 +66,8 @@ class GatedLinearAttention(nn.Module):
         self.q_bias = nn.Parameter(torch.zeros(heads, d_key))
         self.k_bias = nn.Parameter(torch.zeros(heads, d_key))
         self.norm_gain = nn.Parameter(torch.ones(d_value)) if norm == "rms" else None
-        # sigmoid(4) = 0.982 to sigmoid(9) = 0.9999: memories of about 55 to 8,000 steps
-        self.decay_logit = nn.Parameter(torch.linspace(4, 9, heads)) if decay else None
+        # sigmoid(9) = 0.9999 to sigmoid(1) = 0.73: memories of about 8,000 to 4 steps
+        self.decay_logit = nn.Parameter(torch.linspace(9, 1, heads)) if decay else None
 
     def forward(
         self,
