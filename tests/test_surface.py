@@ -53,7 +53,7 @@ OPTIONS = {
     "train": (
         "--seed --out"
         " --model.kind --model.inputs --model.vocab --model.channels --model.classes --model.layers --model.mixer"
-        " --model.d-model --model.d-ff --model.d-key --model.d-value --model.heads --model.causal"
+        " --model.d-model --model.d-ff --model.feed-forward --model.d-key --model.d-value --model.heads --model.causal"
         " --model.short-width --model.kernel-length --model.kernel --model.taps-per-octave --model.branches"
         " --model.branch-norm --model.squash --model.tap-dropout --model.attention --model.attention-norm"
         " --model.decay --model.norm --model.prenorm --model.dropout --model.token-dropout --model.pooling"

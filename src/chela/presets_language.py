@@ -81,6 +81,7 @@ def lm_transformer() -> RunConfig:
             layers=12,
             d_model=512,
             d_ff=1472,
+            feed_forward="swiglu",
             heads=8,
             norm="rms",
             dropout=0.1,
