@@ -6,8 +6,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from chela.config import RunConfig, seconds
+from chela.config import RunConfig
 from chela.data import load_task
+from chela.duration import seconds
 from chela.training import distributed, metrics
 from chela.training.checks import check_run
 from chela.training.device import deterministic
