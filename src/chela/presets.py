@@ -119,18 +119,26 @@ def retrieval() -> RunConfig:
 
 
 def image() -> RunConfig:
-    """LRA Image, gray CIFAR-10 read pixel by pixel, 1,024 steps (one GPU, untuned start).
+    """LRA Image, gray CIFAR-10 read pixel by pixel, 1,024 steps (one GPU).
 
-    The layer as for ListOps; decay, cosine and batch after S4 and LongConv, 130 epochs where they take 200. Beyond lag
-    4 two parameters an octave blur which pixel is meant; the short branches see single pixels one row (32 steps) and
-    three rows away.
+    The layer as for ListOps; decay, cosine and batch after S4 and LongConv, 130 epochs where they take 200. Two
+    parameters an octave would blur which pixel is meant beyond lag 4; 32 blur it beyond lag 64, and the short branches
+    see single pixels up to three rows (of 32 steps) away.
     """
     start = listops()
     return RunConfig(
         preset="image",
-        model=replace(start.model, inputs="real", vocab=256, kernel_length=1024, branches=(7, 35, 100), dropout=0.1),
+        model=replace(
+            start.model,
+            inputs="real",
+            vocab=256,
+            kernel_length=1024,
+            taps_per_octave=32,
+            branches=(7, 35, 100),
+            dropout=0.1,
+        ),
         data=DataConfig(task="image"),
-        optim=replace(start.optim, weight_decay=0.05, schedule="cosine", warmup=1000),
+        optim=replace(start.optim, lr=4e-3, weight_decay=0.05, schedule="cosine", warmup=1000),
         train=TrainConfig(
             steps=120_000,
             batch_size=50,
