@@ -210,6 +210,8 @@ class TrainConfig:
     minutes: float = 0.0
     """Train for so many minutes instead, and let the schedule end with them whatever a step takes; 0 counts steps.
     Validation, checkpoints and the first step of each start, which compiles, are left out of the count."""
+    start_from: str = ""
+    """Folder of a run whose best weights this one starts from; empty draws them."""
     batch_size: int = 64
     """Examples an optimiser step, over all processes and accumulation."""
     bucket_batches: int = 0

@@ -31,12 +31,21 @@ class Trainer:
     """One run under way: model, optimiser, state, and the steps of training in the order they happen."""
 
     def __init__(
-        self, run: RunConfig, task: Task, folder: RunFolder, found: Found, device: torch.device, display: Display
+        self,
+        run: RunConfig,
+        task: Task,
+        folder: RunFolder,
+        found: Found,
+        device: torch.device,
+        display: Display,
+        weights: dict[str, torch.Tensor] | None = None,
     ) -> None:
         self.run, self.task, self.folder, self.device, self.display = run, task, folder, device, display
         self.dtype = compute_type(run.train.dtype, device)
         torch.manual_seed(run.seed)
         self.model = build(run.model).to(device)
+        if weights:
+            self.model.load_state_dict(weights)
         self.optimizer = make_optimizer(self.model, run.optim)
         self.model.backbone.checkpoint_blocks = run.train.checkpoint_blocks
         self.carried = Carried(self.model, run.train.batch_size, self.dtype) if run.train.carry_state else None
@@ -269,3 +278,5 @@ class Trainer:
         self.display.say(f"{parameters:,} parameters on {here['device']}, {dtype}{processes}")
         if step:
             self.display.say(f"going on from step {step:,} of {self._in_all()}")
+        elif run.train.start_from:
+            self.display.say(f"starting from the weights of {run.train.start_from}")

@@ -16,6 +16,7 @@ from chela.training.folder import Found, RunFolder
 from chela.training.interrupt import Interrupt
 from chela.training.loop import Trainer
 from chela.training.progress import Display
+from chela.training.start import starting_weights
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def train(run: RunConfig, *, console: Console | None = None) -> Result:
 
     Raises:
         ValueError: settings that do not fit the task, a folder that is in use or another run's, a damaged checkpoint,
-            missing data. Nothing has been written then.
+            missing data, weights to start from that do not fit. Nothing has been written then.
         NonFinite: loss or gradients became infinite or NaN; names the layer. The last checkpoint stays.
     """
     started = time.monotonic()
@@ -59,11 +60,13 @@ def train(run: RunConfig, *, console: Console | None = None) -> Result:
                 return Result(folder.path, "already done", found.end["step"], found.end["best"], found.end["test"])
             task = distributed.main_first(lambda: load_task(run.data, progress=display.say))
             check_run(run, task)
+            begin = run.train.start_from and not found.checkpoint
+            weights = starting_weights(run, task.tokenizer) if begin else None
             distributed.on_main(lambda: folder.claim(run, found, task.tokenizer))
             limit = seconds(run.train.time_limit)
             interrupt = Interrupt(None if limit is None else started + limit)
             with interrupt:  # from here on: what torch imports while a model is made may swallow a Ctrl-C
-                trainer = Trainer(run, task, folder, found, device, display)
+                trainer = Trainer(run, task, folder, found, device, display, weights)
             with trainer:
                 finished = trainer.fit(interrupt)
                 test = trainer.test() if finished else None
