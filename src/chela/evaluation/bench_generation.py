@@ -74,7 +74,7 @@ def bench_generation(
     shapes: tuple[Shape, ...] | None = None,
     console: Console,
 ) -> list[dict[str, object]]:
-    """Hold each model's first layers, in prefill and steps, to their whole forward, then time it; rows for `chela`.
+    """Hold prefill and steps of the first layers to their whole forward, then time the models: rows for `chela bench`.
 
     What does not fit in memory is said and left out.
 
