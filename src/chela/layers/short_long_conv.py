@@ -118,7 +118,8 @@ class ShortLongConv(nn.Module):
             Output [B, T, D] (arbitrary at padding) and the state, or None.
 
         Raises:
-            ValueError: a mask of another shape or type, or together with state; or what the ops refuse.
+            ValueError: a mask of another shape or type, or together with state; a state given or asked for while
+                branch norm is in training; or what the ops refuse.
         """
         check_mask(mask, x, state)
         before = state or ShortLongState(None, None)
@@ -176,8 +177,8 @@ class ShortLongConv(nn.Module):
         """Each branch through its own convolution and batch norm: its statistics are not known before."""
         if return_state or before.long is not None:
             raise ValueError(
-                "branch norm trains on whole sequences, without a state: call eval() on the model to step or prefill "
-                "(merge(), once it is trained), or build it with branch_norm=False to train on a carried state"
+                "branch norm in training needs whole sequences and has no state: call the model's eval() before it "
+                "steps or prefills, or build it with branch_norm=False to train it on a carried state"
             )
         assert kernel.norms is not None
         total = torch.zeros_like(u)
