@@ -19,7 +19,9 @@ NORMS: list[Any] = ["layer", "rms", "scale", "batch", "none"]
 SEED = torch.tensor(11)
 
 
-def by_layers(x, w1, b1, w2, b2, gain=None, shift=None, mean=None, rstd=None, residual=None, *, norm, rate=0.0):
+def by_layers(
+    x, w1, b1, w2, b2, w3=None, gain=None, shift=None, mean=None, rstd=None, residual=None, *, norm, rate=0.0
+):
     """With the norms that blocks use, the masks written out."""
     h = x
     if norm == "batch":
@@ -30,8 +32,9 @@ def by_layers(x, w1, b1, w2, b2, gain=None, shift=None, mean=None, rstd=None, re
         names = {"layer": ("weight", "bias"), "rms": ("weight",), "scale": ("gain",)}[norm]
         given = {name: p for name, p in zip(names, (gain, shift), strict=False) if p is not None}
         h = torch.func.functional_call(layer, given, (x.reshape(1, -1, x.shape[-1]),)).view(x.shape)
-    h = h @ w1.T + b1
-    h = h * torch.sigmoid(h)
+    n = h
+    h = n @ w1.T + b1
+    h = h * torch.sigmoid(h) * (1 if w3 is None else n @ w3.T)
     rows = x.shape[:-1].numel()
     kept = [masks.keep(SEED, rows, width, rate, stream=n) for n, width in enumerate((w1.shape[0], w1.shape[1]))]
     h = h * kept[0].view(h.shape) / (1 - masks.threshold(rate) / 65536)
@@ -48,13 +51,22 @@ def assert_same(actual, expected, tolerance=1e-12):
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("norm", NORMS)
-def test_values_and_gradients_are_those_of_the_layers(norm, residual, rate):
-    inputs = feed_forward_inputs(2, 9, d=10, f=70, norm=norm, residual=residual, dtype=DOUBLE)
+def test_values_and_gradients_are_those_of_the_layers(norm, residual, gated, rate):
+    inputs = feed_forward_inputs(2, 9, d=10, f=70, norm=norm, residual=residual, gated=gated, dtype=DOUBLE)
     op = functools.partial(feed_forward, norm=norm, dropout=rate, seed=SEED)
     plain = functools.partial(by_layers, norm=norm, rate=rate)
     assert_same(values_and_gradients(op, inputs), values_and_gradients(plain, inputs))
+
+
+def test_biases_may_be_left_out():
+    inputs = feed_forward_inputs(2, 9, d=10, f=70, gated=True, dtype=DOUBLE)
+    zeros: dict[str, Any] = {name: torch.zeros_like(inputs[name]) for name in ("b1", "b2")}
+    op = functools.partial(feed_forward, norm="layer")
+    assert torch.equal(op(**inputs | {"b1": None, "b2": None}), op(**inputs | zeros))
+    assert not torch.equal(op(**inputs), op(**inputs | zeros))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -101,7 +113,7 @@ def test_the_same_seed_drops_the_same_and_another_does_not():
 
 
 def test_gradients_are_the_derivatives():
-    inputs = feed_forward_inputs(3, d=3, f=5, residual=True, dtype=DOUBLE)
+    inputs = feed_forward_inputs(3, d=3, f=5, gated=True, residual=True, dtype=DOUBLE)
     names, leaves = [*inputs], [tensor.requires_grad_() for tensor in inputs.values()]
 
     def op(*tensors):
@@ -130,7 +142,7 @@ def test_compiles_without_graph_breaks():
 def test_annotated_shapes_hold():
     beartype = pytest.importorskip("beartype").beartype
     for norm in NORMS:
-        inputs = feed_forward_inputs(2, 5, d=10, f=12, norm=norm, residual=True)
+        inputs = feed_forward_inputs(2, 5, d=10, f=12, norm=norm, gated=norm == "rms", residual=True)
         jaxtyped(feed_forward, typechecker=beartype)(**inputs, norm=norm, dropout=0.1, seed=SEED)
 
 
@@ -145,6 +157,7 @@ GOOD = feed_forward_inputs(2, 5, d=10, f=12, residual=True)
         ({"w1": GOOD["w1"].mT}, r"w1 must be \[F, D\] with D = 10, both at least 1; got \[10, 12\]"),
         ({"b1": GOOD["b1"][:3]}, r"b1 must be \[F\] = \[12\]; got \[3\]"),
         ({"w2": GOOD["w1"]}, r"w2 must be \[D, F\] = \[10, 12\]; got \[12, 10\]"),
+        ({"w3": GOOD["w2"]}, r"w3 must be \[F, D\] = \[12, 10\]; got \[10, 12\]"),
         ({"b2": GOOD["b1"]}, r"b2 must be \[D\] = \[10\]; got \[12\]"),
         ({"w2": GOOD["w2"].double()}, "w2 is float64 but x is torch.float32: cast w2 to float32"),
         ({"norm": "group"}, "norm must be one of layer, rms, scale, batch, none; got 'group'"),

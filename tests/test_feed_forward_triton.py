@@ -32,41 +32,47 @@ def check(inputs, norm, rate=0.0):
     return check_op(functools.partial(run, **options), plain, inputs, draws=5 if norm == "scale" else 1)
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("rate", [0.0, 0.2])
 @pytest.mark.parametrize("norm", NORMS)
-def test_values_and_gradients_are_within_the_budget(norm, rate, residual, nan_memory):
-    check(inputs_of(3, 67, d=24, f=80, norm=norm, residual=residual), norm, rate)
+def test_values_and_gradients_are_within_the_budget(norm, rate, residual, gated, nan_memory):
+    check(inputs_of(3, 67, d=24, f=80, norm=norm, residual=residual, gated=gated), norm, rate)
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, TILE - 1, TILE, TILE + 1, 2 * TILE, 5 * TILE + 3])
-def test_any_number_of_rows(rows, nan_memory):
-    check(inputs_of(rows, d=10, f=12), "layer", 0.1)
+def test_any_number_of_rows(rows, gated, nan_memory):
+    check(inputs_of(rows, d=10, f=12, gated=gated), "layer", 0.1)
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(("d", "f"), [(1, 1), (64, 64), (65, 130), (128, 256), (16, 600)])
-def test_any_width(d, f, nan_memory):
-    check(inputs_of(70, d=d, f=f, norm="rms"), "rms", 0.1)
+def test_any_width(d, f, gated, nan_memory):
+    check(inputs_of(70, d=d, f=f, norm="rms", gated=gated), "rms", 0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("rate", [0.0, 0.2])
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("norm", NORMS)
-def test_low_precision_is_within_the_budget(norm, rate, dtype, nan_memory):
+def test_low_precision_is_within_the_budget(norm, gated, rate, dtype, nan_memory):
     for residual in (False, True):
-        check(inputs_of(3, 67, d=24, f=80, norm=norm, residual=residual, dtype=dtype), norm, rate)
+        check(inputs_of(3, 67, d=24, f=80, norm=norm, gated=gated, residual=residual, dtype=dtype), norm, rate)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(("d", "f"), [(64, 128), (128, 256), (160, 300), (256, 512)])
-def test_low_precision_at_the_widths_of_the_plans(d, f, dtype, nan_memory):
-    check(inputs_of(133, d=d, f=f, dtype=dtype), "layer", 0.1)
+def test_low_precision_at_the_widths_of_the_plans(d, f, gated, dtype, nan_memory):
+    check(inputs_of(133, d=d, f=f, gated=gated, dtype=dtype), "layer", 0.1)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rate", [0.0, 0.1])
-def test_many_rows_in_bfloat16(rate, nan_memory):
-    check(inputs_of(37, 1009, d=128, f=256, dtype=torch.bfloat16), "layer", rate)
+@pytest.mark.parametrize("gated", [False, True])
+def test_many_rows_in_bfloat16(gated, rate, nan_memory):
+    check(inputs_of(37, 1009, d=128, f=256, gated=gated, dtype=torch.bfloat16), "layer", rate)
 
 
 @pytest.mark.parametrize("layout", ["sliced", "transposed"])
@@ -150,18 +156,24 @@ def test_no_rows(norm, nan_memory):
         assert not value.any(), name
 
 
-def op_arguments(norm, residual, rate):
-    inputs = inputs_of(20, d=10, f=12, norm=norm, residual=residual)
+def op_arguments(norm, residual, rate, gated):
+    inputs = inputs_of(20, d=10, f=12, norm=norm, residual=residual, gated=gated)
     leaves = {name: leaf.requires_grad_() for name, leaf in inputs.items()}
-    names = ("x", "residual", "w1", "b1", "w2", "b2", "gain", "shift", "mean", "rstd")
+    names = ("x", "residual", "w1", "b1", "w2", "b2", "w3", "gain", "shift", "mean", "rstd")
     return *(leaves.get(name) for name in names), seed_of(3) if rate else None, norm, rate, torch.float32
 
 
 @pytest.mark.parametrize(
-    ("norm", "residual", "rate"), [("layer", False, 0.1), ("scale", True, 0), ("batch", False, 0), ("none", True, 0)]
+    ("norm", "residual", "rate", "gated"),
+    [
+        ("layer", False, 0.1, False),
+        ("scale", True, 0, False),
+        ("batch", False, 0, True),
+        ("none", True, 0, False),
+    ],
 )
-def test_ops_are_registered_as_torch_wants_them(norm, residual, rate):
-    arguments = op_arguments(norm, residual, float(rate))
+def test_ops_are_registered_as_torch_wants_them(norm, residual, rate, gated):
+    arguments = op_arguments(norm, residual, float(rate), gated)
     torch.library.opcheck(forward_op, arguments)
     x, _, *others = (a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
     torch.library.opcheck(backward_op, (draw(20, 10, seed=1, device=DEVICE), x, not residual, *others))
@@ -203,5 +215,6 @@ def test_rows_too_wide_for_the_kernels_run_all_the_same():
 def test_plans_cover_every_width():
     for itemsize, widest in ((2, 256), (4, 128)):
         assert [*fused.PLANS[itemsize]] == [width for width in (64, 128, 256) if width <= widest]
-        for plan in fused.PLANS[itemsize].values():
+        assert fused.GATED_PLANS[itemsize].keys() == fused.PLANS[itemsize].keys()
+        for plan in (*fused.PLANS[itemsize].values(), *fused.GATED_PLANS[itemsize].values()):
             assert all(tile.hidden % 64 == 0 for tile in plan)

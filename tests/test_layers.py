@@ -263,11 +263,13 @@ def test_causal_layers_ignore_the_future():
 
 
 @pytest.mark.parametrize("prenorm", [True, False])
+@pytest.mark.parametrize("feed_forward", ["mlp", "swiglu"])
 @pytest.mark.parametrize("norm", ["layer", "rms", "scale", "batch"])
-def test_a_block_gives_the_same_numbers_on_kernels(norm, prenorm):
+def test_a_block_gives_the_same_numbers_on_kernels(norm, feed_forward, prenorm):
     block = ChelaBlock(
         ChelaLayer(16, kernel_length=20, d_key=8, d_value=16, causal=False, branches=(3,)),
         d_ff=32,
+        feed_forward=feed_forward,
         norm=norm,
         prenorm=prenorm,
     )

@@ -6,7 +6,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from chela.layers.chela import ChelaLayer, LayerState
-from chela.layers.feed_forward import FeedForwardKind, make_feed_forward
+from chela.layers.feed_forward import FeedForwardKind, SwiGLU, make_feed_forward
 from chela.layers.norms import BatchNorm, NormKind, make_norm
 from chela.ops.dropout import draw_seed
 from chela.ops.feed_forward import feed_forward, fits
@@ -20,7 +20,7 @@ class ChelaBlock(nn.Module):
     Args:
         layer: the sequence mixer; its gate is the residual connection.
         d_ff: width of the feed-forward part; 0 leaves it out.
-        feed_forward: "mlp" or "swiglu" (see `make_feed_forward`); the fused op is of the first.
+        feed_forward: "mlp" or "swiglu" (see `make_feed_forward`).
         norm: "layer", "rms", "scale" or "batch".
         prenorm: norm before each half instead of after it; the stack then ends in a norm of its own.
         dropout: inside and after the feed-forward part.
@@ -81,8 +81,7 @@ class ChelaBlock(nn.Module):
 
     def _fused(self, x: Tensor, impl: Impl) -> bool:
         """Whether the feed-forward part runs in one op."""
-        is_mlp = isinstance(self.feed_forward, nn.Sequential)
-        return is_mlp and fits(x) and resolve(impl, x.device, "feed_forward") == "triton"
+        return self.feed_forward is not None and fits(x) and resolve(impl, x.device, "feed_forward") == "triton"
 
     def _feed_forward(self, x: Tensor, mask: Tensor | None, moments: Moments | None, impl: Impl) -> Tensor:
         """`x + feed_forward(norm(x))` (post-norm: of x itself); `moments` are what a batch norm trains with."""
@@ -99,6 +98,9 @@ class ChelaBlock(nn.Module):
             options["shift"] = norm.bias if self.norm in ("layer", "batch") else None
         if self.prenorm and isinstance(norm, BatchNorm):
             options["mean"], options["rstd"] = norm.statistics(moments)
+        if isinstance(layers, SwiGLU):
+            gate, up = layers.gate_up.weight.chunk(2)
+            return feed_forward(x, gate, None, layers.down.weight, None, w3=up, **options)
         assert isinstance(layers, nn.Sequential)
         first, last = layers[0], layers[3]
         assert isinstance(first, nn.Linear)

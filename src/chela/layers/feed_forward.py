@@ -15,7 +15,7 @@ class SwiGLU(nn.Module):
     Args:
         d_model: width D of input and output.
         d_ff: width of A's and B's products.
-        dropout: on the output while training.
+        dropout: on the hidden products and on the output, while training.
     """
 
     def __init__(self, d_model: int, d_ff: int, *, dropout: float = 0.0) -> None:
@@ -27,11 +27,11 @@ class SwiGLU(nn.Module):
     def forward(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
         """Apply to vectors [..., D]."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.dropout(self.down(F.silu(gate) * up))
+        return self.dropout(self.down(self.dropout(F.silu(gate) * up)))
 
 
 def make_feed_forward(kind: FeedForwardKind, d_model: int, d_ff: int, dropout: float) -> nn.Module:
-    """Two matrices around a SiLU with dropout behind each ("mlp"), or `SwiGLU`.
+    """Two matrices around a SiLU, or three around its product with a gate (`SwiGLU`); dropout behind both products.
 
     Raises:
         ValueError: another kind.

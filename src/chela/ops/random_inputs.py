@@ -118,9 +118,16 @@ def long_conv_inputs(
 
 
 def feed_forward_inputs(
-    *rows: int, d: int, f: int, norm: str = "layer", residual: bool = False, seed: int = 0, **options: Any
+    *rows: int,
+    d: int,
+    f: int,
+    norm: str = "layer",
+    gated: bool = False,
+    residual: bool = False,
+    seed: int = 0,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Draw x [*rows, D], w1 [F, D], b1 [F], w2 [D, F], b2 [D], the norm's parameters and, asked for, a residual.
+    """Draw x [*rows, D], w1 [F, D], b1 [F], w2 [D, F], b2 [D], the norm's parameters and, asked for, w3 and a residual.
 
     `options` are those of `draw`, for x and the residual; the others are contiguous, float32 (float64 for float64).
     """
@@ -133,6 +140,8 @@ def feed_forward_inputs(
         "w2": draw(d, f, seed=seed + 3, **parameter) * f**-0.5,
         "b2": draw(d, seed=seed + 4, **parameter) * 0.3,
     }
+    if gated:
+        inputs["w3"] = draw(f, d, seed=seed + 10, **parameter) * d**-0.5
     if norm != "none":
         inputs["gain"] = 1 + 0.3 * draw(1 if norm == "scale" else d, seed=seed + 5, **parameter)
     if norm in ("layer", "batch"):

@@ -36,10 +36,11 @@ def fits(x: Tensor) -> bool:
 def feed_forward(
     x: Float[Tensor, "... d"],
     w1: Float[Tensor, "f d"],
-    b1: Float[Tensor, " f"],
+    b1: Float[Tensor, " f"] | None,
     w2: Float[Tensor, "d f"],
-    b2: Float[Tensor, " d"],
+    b2: Float[Tensor, " d"] | None,
     *,
+    w3: Float[Tensor, "f d"] | None = None,
     norm: Norm = "none",
     gain: Float[Tensor, " d_or_1"] | None = None,
     shift: Float[Tensor, " d"] | None = None,
@@ -51,6 +52,8 @@ def feed_forward(
     impl: Impl = "auto",
 ) -> Float[Tensor, "... d"]:
     """Compute `residual + drop(W2 drop(silu(W1 norm(x) + b1)) + b2)` for every position.
+
+    With a third matrix the hidden products are gated (SwiGLU, Shazeer 2020): `silu(W1 norm(x) + b1) * W3 norm(x)`.
 
     The norm, with e the mean over D and sums in float32 (float64 for float64):
 
@@ -67,9 +70,10 @@ def feed_forward(
     Args:
         x: input [..., D].
         w1: weight [F, D] of the first product; any floating dtype no wider than the sums', as all parameters.
-        b1: its bias [F].
+        b1: its bias [F]; None for none.
         w2: weight [D, F] of the second.
-        b2: its bias [D].
+        b2: its bias [D]; None for none.
+        w3: weight [F, D] of the product that SiLU's is multiplied by; None leaves it out.
         norm: "layer", "rms", "scale", "batch", or "none" for an x that is normed already or not at all.
         gain: [D] ("scale": [1]), with every norm but "none".
         shift: [D], with norms "layer" and "batch".
@@ -89,12 +93,15 @@ def feed_forward(
             outside of its range or without a seed; the implementation cannot run here.
     """
     vectors = {"gain": gain, "shift": shift, "mean": mean, "rstd": rstd}
-    _check(x, {"w1": w1, "b1": b1, "w2": w2, "b2": b2}, norm, vectors, residual)
+    _check(x, w1, {"b1": b1, "w2": w2, "b2": b2, "w3": w3}, norm, vectors, residual)
+    b1 = w1.new_zeros(w1.shape[0]) if b1 is None else b1
+    b2 = w1.new_zeros(w1.shape[1]) if b2 is None else b2
     if threshold(dropout):
         check_seed(seed, "x", x)
     else:
         seed = None
     options: dict[str, Any] = {
+        "w3": w3,
         "norm": norm,
         **vectors,
         "residual": x if residual is None else residual,
@@ -120,7 +127,8 @@ def _product_dtype(x: Tensor) -> torch.dtype:
 
 def _check(
     x: Tensor,
-    weights: dict[str, Tensor],
+    w1: Tensor,
+    others: dict[str, Tensor | None],
     norm: str,
     vectors: dict[str, Tensor | None],
     residual: Tensor | None,
@@ -129,19 +137,20 @@ def _check(
         raise ValueError("x must be [..., D]; got a single number")
     if norm not in get_args(Norm):
         raise ValueError(f"norm must be one of {', '.join(get_args(Norm))}; got {norm!r}")
-    d, w1 = x.shape[-1], weights["w1"]
+    d = x.shape[-1]
     if w1.dim() != 2 or w1.shape[1] != d or not w1.numel():
         raise ValueError(f"w1 must be [F, D] with D = {d}, both at least 1; got {list(w1.shape)}")
     f = w1.shape[0]
-    check_shape("b1", weights["b1"], (f,), "[F]")
-    check_shape("w2", weights["w2"], (d, f), "[D, F]")
-    check_shape("b2", weights["b2"], (d,), "[D]")
+    shapes = {"b1": ((f,), "[F]"), "w2": ((d, f), "[D, F]"), "b2": ((d,), "[D]"), "w3": ((f, d), "[F, D]")}
+    for name, tensor in others.items():
+        if tensor is not None:
+            check_shape(name, tensor, *shapes[name])
     for name, tensor in vectors.items():
         if (tensor is not None) != (norm in NEEDS[name]):
             raise ValueError(f"norm {norm!r} {'needs' if tensor is None else 'takes no'} {name}")
         if tensor is not None:
             one = name == "gain" and norm == "scale"
             check_shape(name, tensor, (1,) if one else (d,), "[1]" if one else "[D]")
-    check_alike({"x": x}, weights | vectors | {"residual": residual})
+    check_alike({"x": x}, {"w1": w1} | others | vectors | {"residual": residual})
     if residual is not None:
         check_shape("residual", residual, tuple(x.shape), "[..., D]")

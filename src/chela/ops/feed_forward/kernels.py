@@ -7,6 +7,10 @@ BLOCK_F and D = BLOCK_D. xh are the rows after the norm, before gain and shift.
     xh = (x - mean) rstd                    w1 = W1 gain,  b1 = b1 + W1 shift
     h = xh w1' + b1     a = m1 silu(h)      y = residual + m2 (a w2 + b2)        m1, m2: dropout's masks, scaled
 
+and GATED (SwiGLU), with a third matrix,
+
+    w3 = W3 gain,  b3 = W3 shift            u = xh w3' + b3     a = m1 silu(h) u
+
 Sums are float32; what enters a product is rounded to the products' type. There is a program for each tile of rows, and
 the weights pass through slice by slice: programs that keep them in shared memory and walk over tiles took half as long
 again (docs/log.md).
@@ -19,13 +23,38 @@ from chela.ops.dropout_kernels import keep
 
 
 @triton.jit
+def _fold(
+    w,  # pointers [BLOCK_F, BLOCK_D]
+    inside,
+    bias,  # [BLOCK_F]
+    gain_ptr,
+    shift_ptr,
+    D: tl.constexpr,
+    GAIN: tl.constexpr,
+    GAIN_STEP: tl.constexpr,
+    SHIFT: tl.constexpr,
+):
+    """A matrix behind the norm and its bias, with the norm's gain and shift in them."""
+    d = tl.arange(0, inside.shape[1])
+    w = tl.load(w, mask=inside, other=0.0).to(tl.float32)
+    if SHIFT:
+        bias += tl.sum(w * tl.load(shift_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :], axis=1)
+    if GAIN:
+        w *= tl.load(gain_ptr + d * GAIN_STEP, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    return w, bias
+
+
+@triton.jit
 def fold(
     w1_out_ptr,  # [F padded, BLOCK_D]
     w2_out_ptr,  # [F padded, BLOCK_D]
+    w3_out_ptr,  # [F padded, BLOCK_D], GATED
     b1_out_ptr,  # [F padded] float32
+    b3_out_ptr,  # [F padded] float32, GATED
     w1_ptr,  # [F, D]
     b1_ptr,  # [F]
     w2_ptr,  # [D, F]
+    w3_ptr,  # [F, D], GATED
     gain_ptr,  # [D], or [1] and GAIN_STEP = 0
     shift_ptr,  # [D]
     F: tl.constexpr,
@@ -33,6 +62,7 @@ def fold(
     GAIN: tl.constexpr,
     GAIN_STEP: tl.constexpr,
     SHIFT: tl.constexpr,
+    GATED: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -41,16 +71,17 @@ def fold(
     d = tl.arange(0, BLOCK_D)
     inside = (f < F)[:, None] & (d < D)[None, :]
     at = f[:, None] * BLOCK_D + d[None, :]
-    w1 = tl.load(w1_ptr + f[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
-    w2 = tl.load(w2_ptr + d[None, :] * F + f[:, None], mask=inside, other=0.0)
     b1 = tl.load(b1_ptr + f, mask=f < F, other=0.0).to(tl.float32)
-    if SHIFT:
-        b1 += tl.sum(w1 * tl.load(shift_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :], axis=1)
-    if GAIN:
-        w1 *= tl.load(gain_ptr + d * GAIN_STEP, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    w1, b1 = _fold(w1_ptr + f[:, None] * D + d[None, :], inside, b1, gain_ptr, shift_ptr, D, GAIN, GAIN_STEP, SHIFT)
+    w2 = tl.load(w2_ptr + d[None, :] * F + f[:, None], mask=inside, other=0.0)
     tl.store(w1_out_ptr + at, w1.to(w1_out_ptr.dtype.element_ty))
     tl.store(w2_out_ptr + at, w2.to(w2_out_ptr.dtype.element_ty))
     tl.store(b1_out_ptr + f, b1)
+    if GATED:
+        b3 = tl.zeros([BLOCK_F], tl.float32)
+        w3, b3 = _fold(w3_ptr + f[:, None] * D + d[None, :], inside, b3, gain_ptr, shift_ptr, D, GAIN, GAIN_STEP, SHIFT)
+        tl.store(w3_out_ptr + at, w3.to(w3_out_ptr.dtype.element_ty))
+        tl.store(b3_out_ptr + f, b3)
 
 
 @triton.jit
@@ -103,10 +134,16 @@ def dropped(x, seed_ptr, row, first, threshold, scale, STREAM: tl.constexpr, DRO
 
 
 @triton.jit
-def slice_of(w1_ptr, w2_ptr, first, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Both weights of a slice of F, [BLOCK_F, BLOCK_D]."""
-    at = (first + tl.arange(0, BLOCK_F))[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-    return tl.load(w1_ptr + at), tl.load(w2_ptr + at)
+def slice_of(w_ptr, first, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A folded matrix's slice of F, [BLOCK_F, BLOCK_D]."""
+    return tl.load(w_ptr + (first + tl.arange(0, BLOCK_F))[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :])
+
+
+@triton.jit
+def product(xh, w, b_ptr, first):
+    """Xh w' + b [M, BLOCK_F], for a slice w of F and its part of the bias."""
+    bias = tl.load(b_ptr + first + tl.arange(0, w.shape[0]))
+    return tl.dot(xh, tl.trans(w), input_precision="tf32x3") + bias[None, :]
 
 
 @triton.jit
@@ -117,16 +154,6 @@ def rows_of(tile, rows, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, D: tl.cons
     return row, row.to(tl.int64)[:, None] * D + d[None, :], (row < rows)[:, None] & (d < D)[None, :]
 
 
-@triton.jit
-def _forward_slice(acc, xh, weights, b1_ptr, seed_ptr, row, first, threshold, scale, DROP: tl.constexpr):
-    """Add to acc [M, BLOCK_D] what a slice of F gives."""
-    w1, w2 = weights
-    b1 = tl.load(b1_ptr + first + tl.arange(0, w1.shape[0]))
-    h = tl.dot(xh, tl.trans(w1), input_precision="tf32x3") + b1[None, :]
-    a = dropped(h * sigmoid(h), seed_ptr, row, first, threshold, scale, 0, DROP)
-    return tl.dot(a.to(w2.dtype), w2, acc, input_precision="tf32x3")
-
-
 @triton.jit(do_not_specialize=["rows", "threshold"])
 def forward(
     out_ptr,  # [ROWS, D]
@@ -135,6 +162,8 @@ def forward(
     w1_ptr,  # folded
     b1_ptr,  # folded
     w2_ptr,  # folded
+    w3_ptr,  # folded, GATED
+    b3_ptr,  # folded, GATED
     b2_ptr,  # [D]
     mean_ptr,  # [D], of batch norm
     rstd_ptr,  # [D]
@@ -146,6 +175,7 @@ def forward(
     F: tl.constexpr,
     NORM: tl.constexpr,
     EPS: tl.constexpr,
+    GATED: tl.constexpr,
     DROP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -160,8 +190,13 @@ def forward(
     xh = xh.to(w1_ptr.dtype.element_ty)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for first in tl.range(0, F, BLOCK_F, num_stages=STAGES):
-        weights = slice_of(w1_ptr, w2_ptr, first, BLOCK_F, BLOCK_D)
-        acc = _forward_slice(acc, xh, weights, b1_ptr, seed_ptr, row, first, threshold, scale, DROP)
+        h = product(xh, slice_of(w1_ptr, first, BLOCK_F, BLOCK_D), b1_ptr, first)
+        a = h * sigmoid(h)
+        if GATED:
+            a *= product(xh, slice_of(w3_ptr, first, BLOCK_F, BLOCK_D), b3_ptr, first)
+        a = dropped(a, seed_ptr, row, first, threshold, scale, 0, DROP)
+        w2 = slice_of(w2_ptr, first, BLOCK_F, BLOCK_D)
+        acc = tl.dot(a.to(w2.dtype), w2, acc, input_precision="tf32x3")
     b2 = tl.load(b2_ptr + d, mask=d < D, other=0.0).to(tl.float32)
     acc = dropped(acc + b2[None, :], seed_ptr, row, 0, threshold, scale, 1, DROP)
     residual = tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)

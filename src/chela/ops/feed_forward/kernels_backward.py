@@ -4,6 +4,11 @@
     dx = rstd (dxh - mean(dxh) - xh mean(dxh xh)) [+ dy]              without the first mean if the norm is not centred
     G = xh' dh,  dW2 = dz' a                dW1 = gain G' + db1 shift'      dgain = sum_f W1 G'      dshift = W1' db1
 
+GATED, with W3 shift in u as in h,
+
+    da = dz w2' m1                          dh = da u silu'(h)     du = da silu(h)       dxh = dh w1 + du w3
+    G3 = xh' du                             dW3 = gain G3' + sum(du) shift'   and dgain, dshift the sums for W1 and W3
+
 and for batch norm, whose statistics are given,
 
     dx = rstd dxh [+ dy]                    dmean = -rstd gain dshift       drstd = gain dgain / rstd
@@ -17,15 +22,15 @@ import triton
 import triton.language as tl
 
 from chela.ops.dropout_kernels import keep
-from chela.ops.feed_forward.kernels import dropped, normalise, rows_of, sigmoid, slice_of, statistics
+from chela.ops.feed_forward.kernels import dropped, normalise, product, rows_of, sigmoid, slice_of, statistics
 
 
 @triton.jit
-def _hidden(xh, dz, weights, b1_ptr, seed_ptr, row, first, threshold, scale, DROP: tl.constexpr):
-    """Dh and a [M, BLOCK_F] from rows [M, BLOCK_D] and a slice of the weights."""
-    w1, w2 = weights
-    b1 = tl.load(b1_ptr + first + tl.arange(0, w1.shape[0]))
-    h = tl.dot(xh, tl.trans(w1), input_precision="tf32x3") + b1[None, :]
+def _hidden(
+    xh, dz, w1, w2, w3, b1_ptr, b3_ptr, seed_ptr, row, first, threshold, scale, GATED: tl.constexpr, DROP: tl.constexpr
+):
+    """Dh, du and a [M, BLOCK_F] from rows [M, BLOCK_D] and a slice of the weights; not GATED, du is dh."""
+    h = product(xh, w1, b1_ptr, first)
     da = tl.dot(dz, tl.trans(w2), input_precision="tf32x3")
     gate = sigmoid(h)
     a = h * gate
@@ -34,7 +39,14 @@ def _hidden(xh, dz, weights, b1_ptr, seed_ptr, row, first, threshold, scale, DRO
         factor = tl.where(keep(tl.load(seed_ptr), row, first, threshold, 0, h.shape[1]), scale, 0.0)
         a *= factor
         slope *= factor
-    return da * slope, a
+    dh = da * slope
+    du = dh
+    if GATED:
+        du = da * a
+        u = product(xh, w3, b3_ptr, first)
+        dh *= u
+        a *= u
+    return dh, du, a
 
 
 @triton.jit(do_not_specialize=["rows", "threshold"])
@@ -47,6 +59,8 @@ def row_gradients(
     w1_ptr,  # folded
     b1_ptr,  # folded
     w2_ptr,  # folded
+    w3_ptr,  # folded, GATED
+    b3_ptr,  # folded, GATED
     mean_ptr,  # [D], of batch norm
     rstd_ptr,  # [D]
     seed_ptr,  # []
@@ -57,6 +71,7 @@ def row_gradients(
     F: tl.constexpr,
     NORM: tl.constexpr,
     EPS: tl.constexpr,
+    GATED: tl.constexpr,
     DROP: tl.constexpr,
     OWN: tl.constexpr,  # x is the residual as well
     WRITE_XH: tl.constexpr,
@@ -83,9 +98,15 @@ def row_gradients(
     dz_tile = tl.load(dz_ptr + at, mask=inside, other=0.0)
     dxh = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for first in tl.range(0, F, BLOCK_F, num_stages=STAGES):
-        weights = slice_of(w1_ptr, w2_ptr, first, BLOCK_F, BLOCK_D)
-        dh, _ = _hidden(xh_tile, dz_tile, weights, b1_ptr, seed_ptr, row, first, threshold, scale, DROP)
-        dxh = tl.dot(dh.to(xh_tile.dtype), weights[0], dxh, input_precision="tf32x3")
+        w1 = slice_of(w1_ptr, first, BLOCK_F, BLOCK_D)
+        w2 = slice_of(w2_ptr, first, BLOCK_F, BLOCK_D)
+        w3 = slice_of(w3_ptr, first, BLOCK_F, BLOCK_D) if GATED else w1
+        dh, du, _ = _hidden(
+            xh_tile, dz_tile, w1, w2, w3, b1_ptr, b3_ptr, seed_ptr, row, first, threshold, scale, GATED, DROP
+        )
+        dxh = tl.dot(dh.to(w1.dtype), w1, dxh, input_precision="tf32x3")
+        if GATED:
+            dxh = tl.dot(du.to(w3.dtype), w3, dxh, input_precision="tf32x3")
     dx = dxh
     if (NORM != "none") & (NORM != "batch"):
         xh = tl.load(xh_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -101,12 +122,14 @@ def row_gradients(
 
 @triton.jit(do_not_specialize=["rows", "threshold", "splits"])
 def weight_gradients(
-    parts_ptr,  # [splits, SIZE] float32: this split's G [BLOCK_D, F], dW2 [BLOCK_D, F], db1 [F], db2 [BLOCK_D]
+    parts_ptr,  # [splits, SIZE] float32: this split's G, dW2 [, G3], each [BLOCK_D, F], db1 [, db3] [F], db2 [BLOCK_D]
     xh_ptr,  # [ROWS, D]
     dz_ptr,  # [ROWS, D]
     w1_ptr,  # folded
     b1_ptr,  # folded
     w2_ptr,  # folded
+    w3_ptr,  # folded, GATED
+    b3_ptr,  # folded, GATED
     seed_ptr,  # []
     rows,
     splits,
@@ -114,6 +137,7 @@ def weight_gradients(
     scale,
     D: tl.constexpr,
     F: tl.constexpr,
+    GATED: tl.constexpr,
     DROP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -123,11 +147,15 @@ def weight_gradients(
     """Gradients of a slice of F, summed over every `splits`-th tile of rows."""
     first = tl.program_id(0) * BLOCK_F
     split = tl.program_id(1)
-    weights = slice_of(w1_ptr, w2_ptr, first, BLOCK_F, BLOCK_D)
+    w1 = slice_of(w1_ptr, first, BLOCK_F, BLOCK_D)
+    w2 = slice_of(w2_ptr, first, BLOCK_F, BLOCK_D)
+    w3 = slice_of(w3_ptr, first, BLOCK_F, BLOCK_D) if GATED else w1
     g = tl.zeros([BLOCK_D, BLOCK_F], tl.float32)
     dw2 = tl.zeros([BLOCK_D, BLOCK_F], tl.float32)
-    # Of db1 and db2 a thread keeps what its own rows add; threads meet after the loop.
+    g3 = tl.zeros([BLOCK_D, BLOCK_F], tl.float32)
+    # Of the biases' gradients a thread keeps what its own rows add; threads meet after the loop.
     db1 = tl.zeros([BLOCK_M // 16, 8, BLOCK_F], tl.float32)
+    db3 = tl.zeros([BLOCK_M // 16, 8, BLOCK_F], tl.float32)
     db2 = tl.zeros([16, BLOCK_D], tl.float32)
     for tile in tl.range(split, tl.cdiv(rows, BLOCK_M), splits, num_stages=STAGES):
         row, at, inside = rows_of(tile, rows, BLOCK_M, BLOCK_D, D)
@@ -135,19 +163,29 @@ def weight_gradients(
         dz = tl.load(dz_ptr + at, mask=inside, other=0.0)
         if first == 0:
             db2 += tl.sum(tl.reshape(dz.to(tl.float32), [BLOCK_M // 16, 16, BLOCK_D]), axis=0)
-        dh, a = _hidden(xh, dz, weights, b1_ptr, seed_ptr, row, first, threshold, scale, DROP)
-        # Rows beyond the end have dz = 0 and so dh = 0.
+        dh, du, a = _hidden(xh, dz, w1, w2, w3, b1_ptr, b3_ptr, seed_ptr, row, first, threshold, scale, GATED, DROP)
+        # Rows beyond the end have dz = 0 and so dh = du = 0.
         db1 += tl.sum(tl.reshape(dh, [BLOCK_M // 16, 2, 8, BLOCK_F]), axis=1)
         g = tl.dot(tl.trans(xh), dh.to(xh.dtype), g, input_precision="tf32x3")
         dw2 = tl.dot(tl.trans(dz), a.to(dz.dtype), dw2, input_precision="tf32x3")
+        if GATED:
+            db3 += tl.sum(tl.reshape(du, [BLOCK_M // 16, 2, 8, BLOCK_F]), axis=1)
+            g3 = tl.dot(tl.trans(xh), du.to(xh.dtype), g3, input_precision="tf32x3")
     f, d = first + tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_D)
-    SIZE: tl.constexpr = 2 * BLOCK_D * F + F + BLOCK_D
+    MATRIX: tl.constexpr = BLOCK_D * F
+    HIDDEN: tl.constexpr = GATED + 1  # products behind the norm
+    SIZE: tl.constexpr = (HIDDEN + 1) * MATRIX + HIDDEN * F + BLOCK_D
     part = parts_ptr + split.to(tl.int64) * SIZE
-    tl.store(part + d[:, None] * F + f[None, :], g)
-    tl.store(part + BLOCK_D * F + d[:, None] * F + f[None, :], dw2)
-    tl.store(part + 2 * BLOCK_D * F + f, tl.sum(tl.sum(db1, axis=0), axis=0))
+    at = d[:, None] * F + f[None, :]
+    tl.store(part + at, g)
+    tl.store(part + MATRIX + at, dw2)
+    part += (HIDDEN + 1) * MATRIX
+    tl.store(part + f, tl.sum(tl.sum(db1, axis=0), axis=0))
+    if GATED:
+        tl.store(part - MATRIX + at, g3)
+        tl.store(part + F + f, tl.sum(tl.sum(db3, axis=0), axis=0))
     if first == 0:
-        tl.store(part + 2 * BLOCK_D * F + F + d, tl.sum(db2, axis=0))
+        tl.store(part + HIDDEN * F + d, tl.sum(db2, axis=0))
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -156,12 +194,14 @@ def sum_parts(
     db1_ptr,  # [F]
     dw2_ptr,  # [D, F]
     db2_ptr,  # [D]
+    dw3_ptr,  # [F, D], GATED
     dgain_ptr,  # [D]
     dshift_ptr,  # [D]
     dmean_ptr,  # [D]
     drstd_ptr,  # [D]
     parts_ptr,  # as `weight_gradients` left them, F padded
     w1_ptr,  # [F, D]
+    w3_ptr,  # [F, D], GATED
     gain_ptr,  # [D], or [1] and GAIN_STEP = 0
     shift_ptr,  # [D]
     rstd_ptr,  # [D]
@@ -173,6 +213,7 @@ def sum_parts(
     GAIN_STEP: tl.constexpr,
     SHIFT: tl.constexpr,
     BATCH: tl.constexpr,
+    GATED: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_F: tl.constexpr,
@@ -180,38 +221,54 @@ def sum_parts(
     """Gradients of everything that belongs to one column d of D, summed over the splits always in the same order."""
     d = tl.program_id(0)
     f = tl.arange(0, BLOCK_F)
-    SIZE: tl.constexpr = 2 * BLOCK_D * PADDED + PADDED + BLOCK_D
+    MATRIX: tl.constexpr = BLOCK_D * PADDED
+    HIDDEN: tl.constexpr = GATED + 1  # products behind the norm
+    SIZE: tl.constexpr = (HIDDEN + 1) * MATRIX + HIDDEN * PADDED + BLOCK_D
     g = tl.zeros([BLOCK_S, BLOCK_F], tl.float32)
     dw2 = tl.zeros([BLOCK_S, BLOCK_F], tl.float32)
+    g3 = tl.zeros([BLOCK_S, BLOCK_F], tl.float32)
     db1 = tl.zeros([BLOCK_S, BLOCK_F], tl.float32)
+    db3 = tl.zeros([BLOCK_S, BLOCK_F], tl.float32)
     db2 = tl.zeros([BLOCK_S], tl.float32)
     for first in range(0, splits, BLOCK_S):
         split = first + tl.arange(0, BLOCK_S)
         there = (split < splits)[:, None] & (f < F)[None, :]
         part = parts_ptr + split.to(tl.int64) * SIZE
         at = part[:, None] + f[None, :]
+        biases = at + (HIDDEN + 1) * MATRIX
         g += tl.load(at + d * PADDED, mask=there, other=0.0)
-        dw2 += tl.load(at + (BLOCK_D + d) * PADDED, mask=there, other=0.0)
-        db1 += tl.load(at + 2 * BLOCK_D * PADDED, mask=there, other=0.0)
-        db2 += tl.load(part + (2 * BLOCK_D + 1) * PADDED + d, mask=split < splits, other=0.0)
+        dw2 += tl.load(at + MATRIX + d * PADDED, mask=there, other=0.0)
+        db1 += tl.load(biases, mask=there, other=0.0)
+        if GATED:
+            g3 += tl.load(at + 2 * MATRIX + d * PADDED, mask=there, other=0.0)
+            db3 += tl.load(biases + PADDED, mask=there, other=0.0)
+        db2 += tl.load(part + (HIDDEN + 1) * MATRIX + HIDDEN * PADDED + d, mask=split < splits, other=0.0)
     g, dw2, db1, db2 = tl.sum(g, axis=0), tl.sum(dw2, axis=0), tl.sum(db1, axis=0), tl.sum(db2, axis=0)
+    g3, db3 = tl.sum(g3, axis=0), tl.sum(db3, axis=0)
     tl.store(dw2_ptr + d * F + f, dw2.to(dw2_ptr.dtype.element_ty), mask=f < F)
     tl.store(db2_ptr + d, db2.to(db2_ptr.dtype.element_ty))
     if d == 0:
         tl.store(db1_ptr + f, db1.to(db1_ptr.dtype.element_ty), mask=f < F)
-    dw1 = g
     if GAIN:
-        w1 = tl.load(w1_ptr + f * D + d, mask=f < F, other=0.0).to(tl.float32)
         gain = tl.load(gain_ptr + d * GAIN_STEP).to(tl.float32)
-        dw1 *= gain
-        dgain = tl.sum(w1 * g, axis=0)
+        w1 = tl.load(w1_ptr + f * D + d, mask=f < F, other=0.0).to(tl.float32)
+        dgain, dshift = tl.sum(w1 * g, axis=0), tl.sum(w1 * db1, axis=0)
+        g *= gain
+        if GATED:
+            w3 = tl.load(w3_ptr + f * D + d, mask=f < F, other=0.0).to(tl.float32)
+            dgain += tl.sum(w3 * g3, axis=0)
+            dshift += tl.sum(w3 * db3, axis=0)
+            g3 *= gain
         tl.store(dgain_ptr + d, dgain)
         if SHIFT:
-            dw1 += db1 * tl.load(shift_ptr + d).to(tl.float32)
-            dshift = tl.sum(w1 * db1, axis=0)
+            shift = tl.load(shift_ptr + d).to(tl.float32)
+            g += db1 * shift
+            g3 += db3 * shift
             tl.store(dshift_ptr + d, dshift.to(dshift_ptr.dtype.element_ty))
             if BATCH:
                 rstd = tl.load(rstd_ptr + d).to(tl.float32)
                 tl.store(dmean_ptr + d, (-rstd * gain * dshift).to(dmean_ptr.dtype.element_ty))
                 tl.store(drstd_ptr + d, (gain * dgain / rstd).to(drstd_ptr.dtype.element_ty))
-    tl.store(dw1_ptr + f * D + d, dw1.to(dw1_ptr.dtype.element_ty), mask=f < F)
+    tl.store(dw1_ptr + f * D + d, g.to(dw1_ptr.dtype.element_ty), mask=f < F)
+    if GATED:
+        tl.store(dw3_ptr + f * D + d, g3.to(dw3_ptr.dtype.element_ty), mask=f < F)

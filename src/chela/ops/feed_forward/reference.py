@@ -19,6 +19,7 @@ def feed_forward(
     w2: Float[Tensor, "d f"],
     b2: Float[Tensor, " d"],
     *,
+    w3: Float[Tensor, "f d"] | None,
     norm: str,
     gain: Tensor | None,
     shift: Tensor | None,
@@ -30,8 +31,10 @@ def feed_forward(
     dtype: torch.dtype,
 ) -> Float[Tensor, "... d"]:
     """Run it; arguments as in `chela.ops.feed_forward`, already checked; `dtype` is what the products take."""
-    h = normalise(x, norm, gain, shift, mean, rstd).to(dtype)
-    h = F.silu(F.linear(h, w1.to(dtype), b1.to(dtype)))
+    n = normalise(x, norm, gain, shift, mean, rstd).to(dtype)
+    h = F.silu(F.linear(n, w1.to(dtype), b1.to(dtype)))
+    if w3 is not None:
+        h = h * F.linear(n, w3.to(dtype))
     if seed is not None:
         h = drop(h, seed, dropout, stream=0)
     h = F.linear(h, w2.to(dtype), b2.to(dtype))
