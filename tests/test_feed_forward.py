@@ -20,7 +20,21 @@ SEED = torch.tensor(11)
 
 
 def by_layers(
-    x, w1, b1, w2, b2, w3=None, gain=None, shift=None, mean=None, rstd=None, residual=None, *, norm, rate=0.0
+    x,
+    w1,
+    b1,
+    w2,
+    b2,
+    w3=None,
+    gain=None,
+    shift=None,
+    mean=None,
+    rstd=None,
+    residual=None,
+    *,
+    norm,
+    rate=0.0,
+    bounded=False,
 ):
     """With the norms that blocks use, the masks written out."""
     h = x
@@ -34,7 +48,9 @@ def by_layers(
         h = torch.func.functional_call(layer, given, (x.reshape(1, -1, x.shape[-1]),)).view(x.shape)
     n = h
     h = n @ w1.T + b1
-    h = h * torch.sigmoid(h) * (1 if w3 is None else n @ w3.T)
+    h = h * torch.sigmoid(h)
+    if w3 is not None:
+        h = h * ((n @ w3.T).tanh() if bounded else n @ w3.T)
     rows = x.shape[:-1].numel()
     kept = [masks.keep(SEED, rows, width, rate, stream=n) for n, width in enumerate((w1.shape[0], w1.shape[1]))]
     h = h * kept[0].view(h.shape) / (1 - masks.threshold(rate) / 65536)
@@ -51,13 +67,13 @@ def assert_same(actual, expected, tolerance=1e-12):
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3])
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("gated", "bounded"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("norm", NORMS)
-def test_values_and_gradients_are_those_of_the_layers(norm, residual, gated, rate):
+def test_values_and_gradients_are_those_of_the_layers(norm, residual, gated, bounded, rate):
     inputs = feed_forward_inputs(2, 9, d=10, f=70, norm=norm, residual=residual, gated=gated, dtype=DOUBLE)
-    op = functools.partial(feed_forward, norm=norm, dropout=rate, seed=SEED)
-    plain = functools.partial(by_layers, norm=norm, rate=rate)
+    op = functools.partial(feed_forward, norm=norm, bounded=bounded, dropout=rate, seed=SEED)
+    plain = functools.partial(by_layers, norm=norm, rate=rate, bounded=bounded)
     assert_same(values_and_gradients(op, inputs), values_and_gradients(plain, inputs))
 
 
@@ -173,6 +189,7 @@ GOOD = feed_forward_inputs(2, 5, d=10, f=12, residual=True)
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1; got 1.0"),
         ({"dropout": 0.1}, r"dropout needs a seed, an int64 tensor \[\] on the device of x, cpu; got None"),
         ({"dropout": 0.1, "seed": SEED.int()}, r"got torch.int32 \[\] on cpu"),
+        ({"bounded": True}, "bounded is about the product with w3: give w3, or leave bounded out"),
         ({"impl": "cuda"}, "impl must be one of auto, triton, reference"),
     ],
 )

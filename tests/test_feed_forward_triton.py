@@ -25,19 +25,22 @@ def seed_of(number):
     return torch.tensor(number, device=DEVICE)
 
 
-def check(inputs, norm, rate=0.0):
+def check(inputs, norm, rate=0.0, *, bounded=False):
     """A scale norm's gain has one gradient, whose plain error is a single draw: more of them make its budget."""
-    options = {"norm": norm, "dropout": rate, "seed": seed_of(5)}
+    options = {"norm": norm, "bounded": bounded, "dropout": rate, "seed": seed_of(5)}
     plain = functools.partial(feed_forward, impl="reference", **options)
     return check_op(functools.partial(run, **options), plain, inputs, draws=5 if norm == "scale" else 1)
 
 
-@pytest.mark.parametrize("gated", [False, True])
+KINDS = pytest.mark.parametrize(("gated", "bounded"), [(False, False), (True, False), (True, True)])
+
+
+@KINDS
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("rate", [0.0, 0.2])
 @pytest.mark.parametrize("norm", NORMS)
-def test_values_and_gradients_are_within_the_budget(norm, rate, residual, gated, nan_memory):
-    check(inputs_of(3, 67, d=24, f=80, norm=norm, residual=residual, gated=gated), norm, rate)
+def test_values_and_gradients_are_within_the_budget(norm, rate, residual, gated, bounded, nan_memory):
+    check(inputs_of(3, 67, d=24, f=80, norm=norm, residual=residual, gated=gated), norm, rate, bounded=bounded)
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -54,11 +57,12 @@ def test_any_width(d, f, gated, nan_memory):
 
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("rate", [0.0, 0.2])
-@pytest.mark.parametrize("gated", [False, True])
+@KINDS
 @pytest.mark.parametrize("norm", NORMS)
-def test_low_precision_is_within_the_budget(norm, gated, rate, dtype, nan_memory):
+def test_low_precision_is_within_the_budget(norm, gated, bounded, rate, dtype, nan_memory):
     for residual in (False, True):
-        check(inputs_of(3, 67, d=24, f=80, norm=norm, gated=gated, residual=residual, dtype=dtype), norm, rate)
+        inputs = inputs_of(3, 67, d=24, f=80, norm=norm, gated=gated, residual=residual, dtype=dtype)
+        check(inputs, norm, rate, bounded=bounded)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
@@ -70,9 +74,9 @@ def test_low_precision_at_the_widths_of_the_plans(d, f, gated, dtype, nan_memory
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rate", [0.0, 0.1])
-@pytest.mark.parametrize("gated", [False, True])
-def test_many_rows_in_bfloat16(gated, rate, nan_memory):
-    check(inputs_of(37, 1009, d=128, f=256, gated=gated, dtype=torch.bfloat16), "layer", rate)
+@KINDS
+def test_many_rows_in_bfloat16(gated, bounded, rate, nan_memory):
+    check(inputs_of(37, 1009, d=128, f=256, gated=gated, dtype=torch.bfloat16), "layer", rate, bounded=bounded)
 
 
 @pytest.mark.parametrize("layout", ["sliced", "transposed"])
@@ -160,7 +164,7 @@ def op_arguments(norm, residual, rate, gated):
     inputs = inputs_of(20, d=10, f=12, norm=norm, residual=residual, gated=gated)
     leaves = {name: leaf.requires_grad_() for name, leaf in inputs.items()}
     names = ("x", "residual", "w1", "b1", "w2", "b2", "w3", "gain", "shift", "mean", "rstd")
-    return *(leaves.get(name) for name in names), seed_of(3) if rate else None, norm, rate, torch.float32
+    return *(leaves.get(name) for name in names), seed_of(3) if rate else None, norm, gated, rate, torch.float32
 
 
 @pytest.mark.parametrize(

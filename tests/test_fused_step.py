@@ -27,7 +27,9 @@ TRANSFORMER = ModelConfig(
 MODELS = {
     "layer norm": CHELA,
     "rms norm, heads with decay, SwiGLU": replace(CHELA, norm="rms", heads=2, decay=True, feed_forward="swiglu"),
-    "scale norm, branch norm": replace(CHELA, norm="scale", branch_norm=True, attention_norm="none"),
+    "scale norm, branch norm, bounded SwiGLU": replace(
+        CHELA, norm="scale", branch_norm=True, attention_norm="none", feed_forward="bounded-swiglu"
+    ),
     "no feed-forward part, wide": replace(CHELA, d_ff=0, d_model=70, short_width=1),
     "Transformer": TRANSFORMER,
     "Transformer without a feed-forward part": replace(TRANSFORMER, d_ff=0, norm="layer"),
@@ -90,7 +92,7 @@ def test_a_head_too_large_for_the_registers_is_taken_in_parts(monkeypatch, nan_m
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("activation", ["none", "silu", "swiglu"])
+@pytest.mark.parametrize("activation", ["none", "silu", "swiglu", "bounded-swiglu"])
 @pytest.mark.parametrize(("rows", "width", "outputs"), [(1, 70, 300), (3, 2100, 34), (decoding.FEW_ROWS + 1, 16, 6)])
 def test_products_of_few_rows_and_of_more(rows, width, outputs, activation, dtype, nan_memory):
     x, weight = torch.randn(rows, width).to(DEVICE, dtype), torch.randn(outputs, width) * width**-0.5
@@ -104,6 +106,8 @@ def test_products_of_few_rows_and_of_more(rows, width, outputs, activation, dtyp
             exact, plain = F.silu(exact), F.silu(plain)
         elif activation == "swiglu":
             exact, plain = (F.silu(y[:, : outputs // 2]) * y[:, outputs // 2 :] for y in (exact, plain))
+        elif activation == "bounded-swiglu":
+            exact, plain = (F.silu(y[:, : outputs // 2]) * y[:, outputs // 2 :].tanh() for y in (exact, plain))
         found = decoding.product(x, weight, bias, activation)
         assert found.dtype == dtype
         assert float((found - exact).abs().max()) <= budget(plain, exact, torch.finfo(dtype).eps)

@@ -263,7 +263,7 @@ def test_causal_layers_ignore_the_future():
 
 
 @pytest.mark.parametrize("prenorm", [True, False])
-@pytest.mark.parametrize("feed_forward", ["mlp", "swiglu"])
+@pytest.mark.parametrize("feed_forward", ["mlp", "swiglu", "bounded-swiglu"])
 @pytest.mark.parametrize("norm", ["layer", "rms", "scale", "batch"])
 def test_a_block_gives_the_same_numbers_on_kernels(norm, feed_forward, prenorm):
     block = ChelaBlock(
@@ -284,8 +284,9 @@ def test_a_block_gives_the_same_numbers_on_kernels(norm, feed_forward, prenorm):
     torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-3)
 
 
-def test_a_block_with_swiglu_adds_what_its_formula_says():
-    block = ChelaBlock(layer(), d_ff=10, feed_forward="swiglu").double().eval()
+@pytest.mark.parametrize("kind", ["swiglu", "bounded-swiglu"])
+def test_a_block_with_swiglu_adds_what_its_formula_says(kind):
+    block = ChelaBlock(layer(), d_ff=10, feed_forward=kind).double().eval()
     plain = ChelaBlock(block.layer, d_ff=0).double().eval()
     plain.layer_norm.load_state_dict(block.layer_norm.state_dict())
     x = torch.randn(2, 9, D, dtype=torch.float64)
@@ -294,7 +295,8 @@ def test_a_block_with_swiglu_adds_what_its_formula_says():
     assert norm is not None
     a, b = part.gate_up.weight[:10], part.gate_up.weight[10:]
     wide = norm(half)
-    added = (torch.nn.functional.silu(wide @ a.T) * (wide @ b.T)) @ part.down.weight.T
+    factor = torch.tanh(wide @ b.T) if kind == "bounded-swiglu" else wide @ b.T
+    added = (torch.nn.functional.silu(wide @ a.T) * factor) @ part.down.weight.T
     torch.testing.assert_close(block(x)[0], half + added)
 
 
@@ -353,7 +355,7 @@ def test_a_block_with_batch_norm_compiles_whole():
     ("make", "part"),
     [
         (lambda: make_norm("group", D), "norm must be one of"),  # pyrefly: ignore
-        (lambda: ChelaBlock(layer(), feed_forward="glu"), "feed_forward must be mlp or swiglu"),  # pyrefly: ignore
+        (lambda: ChelaBlock(layer(), feed_forward="glu"), "feed_forward must be one of mlp, swiglu, bounded-"),  # pyrefly: ignore
         (lambda: GatedLinearAttention(D, d_value=10, heads=3), "not a multiple"),
         (lambda: GatedLinearAttention(D, norm="max"), "norm must be"),  # pyrefly: ignore
         (lambda: GatedLinearAttention(D, causal=False, decay=True), "decay needs causal"),

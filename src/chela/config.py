@@ -52,8 +52,9 @@ class ModelConfig:
     """Width D of the residual stream."""
     d_ff: int = 256
     """Width of the feed-forward part; 0 leaves it out."""
-    feed_forward: Literal["mlp", "swiglu"] = "mlp"
-    """Feed-forward part of CHELA's blocks: two matrices around a SiLU, or three with a gate (the baselines have it)."""
+    feed_forward: Literal["mlp", "swiglu", "bounded-swiglu"] = "mlp"
+    """Feed-forward part of CHELA's blocks: two matrices around a SiLU, or three with a gate (the baselines have it),
+    the second factor as it is or bounded by tanh (beside batch norm)."""
     d_key: int = 64
     """Width K of queries and keys, per head."""
     d_value: int = 256

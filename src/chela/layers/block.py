@@ -20,7 +20,7 @@ class ChelaBlock(nn.Module):
     Args:
         layer: the sequence mixer; its gate is the residual connection.
         d_ff: width of the feed-forward part; 0 leaves it out.
-        feed_forward: "mlp" or "swiglu" (see `make_feed_forward`).
+        feed_forward: "mlp", "swiglu" or "bounded-swiglu" (see `make_feed_forward`).
         norm: "layer", "rms", "scale" or "batch".
         prenorm: norm before each half instead of after it; the stack then ends in a norm of its own.
         dropout: inside and after the feed-forward part.
@@ -100,7 +100,7 @@ class ChelaBlock(nn.Module):
             options["mean"], options["rstd"] = norm.statistics(moments)
         if isinstance(layers, SwiGLU):
             gate, up = layers.gate_up.weight.chunk(2)
-            return feed_forward(x, gate, None, layers.down.weight, None, w3=up, **options)
+            return feed_forward(x, gate, None, layers.down.weight, None, w3=up, bounded=layers.bounded, **options)
         assert isinstance(layers, nn.Sequential)
         first, last = layers[0], layers[3]
         assert isinstance(first, nn.Linear)

@@ -5,7 +5,7 @@ are the same or fewer. It is made for a state, which it changes in place, and fi
 in the forms that language models take; `fused_step` says None to all others, whose blocks then step as they are.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -30,13 +30,11 @@ WIDEST = 8192
 class _Product:
     """`activation(x W^T + b)` by weights that are cast, and joined where several meet the same x, once."""
 
-    def __init__(
-        self, dtype: torch.dtype, *parts: nn.Linear, activation: Literal["none", "silu", "swiglu"] = "none"
-    ) -> None:
+    def __init__(self, dtype: torch.dtype, *parts: nn.Linear, activation: decoding.Activation = "none") -> None:
         biases = [part.bias for part in parts]
         self.weight = torch.cat([part.weight.detach().to(dtype) for part in parts])
         self.bias = None if biases[0] is None else torch.cat([bias.detach().to(dtype) for bias in biases])
-        self.activation: Literal["none", "silu", "swiglu"] = activation
+        self.activation: decoding.Activation = activation
 
     def __call__(self, x: Tensor) -> Tensor:
         return decoding.product(x, self.weight, self.bias, self.activation)
@@ -81,7 +79,8 @@ class _ChelaStep:
 
 def _feed_forward(part: nn.Module, dtype: torch.dtype) -> tuple[_Product, _Product]:
     if isinstance(part, SwiGLU):
-        return _Product(dtype, part.gate_up, activation="swiglu"), _Product(dtype, part.down)
+        activation = "bounded-swiglu" if part.bounded else "swiglu"
+        return _Product(dtype, part.gate_up, activation=activation), _Product(dtype, part.down)
     assert isinstance(part, nn.Sequential)
     first, last = part[0], part[3]
     return _Product(dtype, first, activation="silu"), _Product(dtype, last)  # pyrefly: ignore

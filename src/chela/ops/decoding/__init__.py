@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from chela.ops.launch import ceil, power
 from chela.ops.long_conv.online import OnlineState
 
+Activation = Literal["none", "silu", "swiglu", "bounded-swiglu"]
+"""What follows a product."""
 CHANNELS = 32
 """Channels of a program of the convolutions."""
 COLUMNS = 1024
@@ -162,12 +164,15 @@ def product(
     x: Float[Tensor, "b k"],
     weight: Float[Tensor, "n k"],
     bias: Float[Tensor, " n"] | None,
-    activation: Literal["none", "silu", "swiglu"] = "none",
+    activation: Activation = "none",
 ) -> Float[Tensor, "b n_or_half_n"]:
-    """`activation(x W^T + b)`; "swiglu" is `silu(gate) * up` of the two halves. For more than FEW_ROWS by cuBLAS."""
+    """`activation(x W^T + b)`; "swiglu" is `silu(gate) * up` of the two halves, "bounded-swiglu" with tanh(up).
+
+    For more than FEW_ROWS by cuBLAS.
+    """
     from chela.ops.decoding import kernels
 
-    (rows, width), outputs = x.shape, weight.shape[0] // (2 if activation == "swiglu" else 1)
+    (rows, width), outputs = x.shape, weight.shape[0] // (2 if activation.endswith("swiglu") else 1)
     if rows > FEW_ROWS:
         y = F.linear(x, weight, bias)
         if activation == "none":
@@ -175,14 +180,17 @@ def product(
         if activation == "silu":
             return F.silu(y, inplace=True)
         out = x.new_empty(rows, outputs)
-        kernels.swiglu[(ceil(outputs, COLUMNS), rows)](y, out, outputs, COLUMNS=COLUMNS, num_warps=4)
+        kernels.swiglu[(ceil(outputs, COLUMNS), rows)](
+            y, out, outputs, COLUMNS=COLUMNS, BOUNDED=activation == "bounded-swiglu", num_warps=4
+        )
         return out
     out, few = x.new_empty(rows, outputs), power(rows)
     n = min(16, max(2, power(outputs) // 128))  # about a program a processor
     kernels.product[(ceil(outputs, n),)](
         x, weight, bias, out, rows, outputs,
         WIDTH=width, ROWS=few, BLOCK_N=n, BLOCK_K=min(power(width), max(64, TILE // (few * n))),
-        ACTIVATION=activation, BIASED=bias is not None, num_warps=4,
+        ACTIVATION="swiglu" if activation.endswith("swiglu") else activation,
+        BOUNDED=activation == "bounded-swiglu", BIASED=bias is not None, num_warps=4,
     )  # fmt: skip
     return out
 

@@ -171,11 +171,11 @@ def gate(
 def product(
     x, weight, bias, out, rows, outputs,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    ACTIVATION: tl.constexpr, BIASED: tl.constexpr,
+    ACTIVATION: tl.constexpr, BOUNDED: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
     """Multiply, activation(x W^T + b), by rows so few that the time is that of reading W: a program BLOCK_N outputs.
 
-    "swiglu" is silu(g) u, g and u the halves of x W^T + b.
+    "swiglu" is silu(g) u, g and u the halves of x W^T + b; BOUNDED, silu(g) tanh(u).
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     r = tl.arange(0, ROWS)
@@ -200,17 +200,19 @@ def product(
     if ACTIVATION != "none":
         total *= tl.sigmoid(total)
     if ACTIVATION == "swiglu":
-        total *= up
+        total *= 2 * tl.sigmoid(2 * up) - 1 if BOUNDED else up
     at = out + r[:, None] * outputs + n[None, :]
     tl.store(at, total.to(out.dtype.element_ty), mask=(r < rows)[:, None] & real[None, :])
 
 
 @jit("width")
-def swiglu(gate_up, out, width, COLUMNS: tl.constexpr):
-    """silu(gate) * up: a program a row and COLUMNS of it."""
+def swiglu(gate_up, out, width, COLUMNS: tl.constexpr, BOUNDED: tl.constexpr):
+    """silu(gate) * up, or the tanh of up: a program a row and COLUMNS of it."""
     b = tl.program_id(1).to(tl.int64)
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     real = c < width
     g = tl.load(gate_up + b * 2 * width + c, mask=real, other=0).to(tl.float32)
     up = tl.load(gate_up + b * 2 * width + width + c, mask=real, other=0).to(tl.float32)
+    if BOUNDED:
+        up = 2 * tl.sigmoid(2 * up) - 1
     tl.store(out + b * width + c, (g * tl.sigmoid(g) * up).to(out.dtype.element_ty), mask=real)

@@ -41,6 +41,7 @@ def feed_forward(
     b2: Float[Tensor, " d"] | None,
     *,
     w3: Float[Tensor, "f d"] | None = None,
+    bounded: bool = False,
     norm: Norm = "none",
     gain: Float[Tensor, " d_or_1"] | None = None,
     shift: Float[Tensor, " d"] | None = None,
@@ -54,6 +55,7 @@ def feed_forward(
     """Compute `residual + drop(W2 drop(silu(W1 norm(x) + b1)) + b2)` for every position.
 
     With a third matrix the hidden products are gated (SwiGLU, Shazeer 2020): `silu(W1 norm(x) + b1) * W3 norm(x)`.
+    Bounded, the second factor is the tanh of that.
 
     The norm, with e the mean over D and sums in float32 (float64 for float64):
 
@@ -74,6 +76,7 @@ def feed_forward(
         w2: weight [D, F] of the second.
         b2: its bias [D]; None for none.
         w3: weight [F, D] of the product that SiLU's is multiplied by; None leaves it out.
+        bounded: multiply by the tanh of that product.
         norm: "layer", "rms", "scale", "batch", or "none" for an x that is normed already or not at all.
         gain: [D] ("scale": [1]), with every norm but "none".
         shift: [D], with norms "layer" and "batch".
@@ -93,6 +96,8 @@ def feed_forward(
             outside of its range or without a seed; the implementation cannot run here.
     """
     vectors = {"gain": gain, "shift": shift, "mean": mean, "rstd": rstd}
+    if bounded and w3 is None:
+        raise ValueError("bounded is about the product with w3: give w3, or leave bounded out")
     _check(x, w1, {"b1": b1, "w2": w2, "b2": b2, "w3": w3}, norm, vectors, residual)
     b1 = w1.new_zeros(w1.shape[0]) if b1 is None else b1
     b2 = w1.new_zeros(w1.shape[1]) if b2 is None else b2
@@ -102,6 +107,7 @@ def feed_forward(
         seed = None
     options: dict[str, Any] = {
         "w3": w3,
+        "bounded": bounded,
         "norm": norm,
         **vectors,
         "residual": x if residual is None else residual,

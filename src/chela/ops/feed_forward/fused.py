@@ -72,6 +72,7 @@ def feed_forward(
     b2: Tensor,
     *,
     w3: Tensor | None,
+    bounded: bool,
     norm: str,
     gain: Tensor | None,
     shift: Tensor | None,
@@ -95,7 +96,7 @@ def feed_forward(
             f"{x.shape[-1]}: use impl='reference'"
         )
     rate = dropout if seed is not None else 0.0
-    given = _Given(w1, b1, w2, b2, w3, gain, shift, mean, rstd, seed, norm, rate, dtype)
+    given = _Given(w1, b1, w2, b2, w3, gain, shift, mean, rstd, seed, norm, bounded, rate, dtype)
     return torch.ops.chela.feed_forward.default(x, residual, *given)
 
 
@@ -113,6 +114,7 @@ class _Given(NamedTuple):
     rstd: Tensor | None
     seed: Tensor | None
     norm: str
+    bounded: bool
     dropout: float
     dtype: torch.dtype
 
@@ -126,7 +128,7 @@ class _Given(NamedTuple):
 _TAG = torch.Tag.pt2_compliant_tag
 _GIVEN = (
     "Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor? w3, Tensor? gain, Tensor? shift, Tensor? mean, Tensor? rstd, "
-    "Tensor? seed, str norm, float dropout, ScalarType dtype"
+    "Tensor? seed, str norm, bool bounded, float dropout, ScalarType dtype"
 )
 torch.library.define("chela::feed_forward", f"(Tensor x, Tensor? residual, {_GIVEN}) -> Tensor", tags=_TAG)
 torch.library.define(
@@ -145,6 +147,7 @@ class _Launch:
         self.rows = x.numel() // self.d
         self.block = max(64, power(self.d))
         self.gated = {"GATED": w3 is not None}
+        self.bounded = {"BOUNDED": given.bounded}
         self.plan = (PLANS if w3 is None else GATED_PLANS)[dtype.itemsize][self.block]
         self.padded = ceil(self.f, 64) * 64
         self.drops = (given.seed, threshold(given.dropout), scale(given.dropout))
@@ -178,6 +181,7 @@ class _Launch:
             "STAGES": 1 if self.drop["DROP"] else tile.stages,
             "num_warps": tile.warps,
             **self.gated,
+            **self.bounded,
             **self.drop,
         }
 
@@ -257,7 +261,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, residual, *arguments = inputs
     given = _Given(*arguments)
     ctx.own = residual is None
-    ctx.options = given.norm, given.dropout, given.dtype
+    ctx.options = given.norm, given.bounded, given.dropout, given.dtype
     ctx.save_for_backward(x, *given.differentiable, given.seed)
 
 
@@ -268,7 +272,7 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     wanted = (
         None if like is None else gradient for like, gradient in zip(given.differentiable, gradients, strict=True)
     )
-    return dx, None if ctx.own else dy, *wanted, None, None, None, None
+    return dx, None if ctx.own else dy, *wanted, None, None, None, None, None
 
 
 torch.library.register_autograd("chela::feed_forward", _differentiate, setup_context=_save)

@@ -9,7 +9,7 @@ BLOCK_F and D = BLOCK_D. xh are the rows after the norm, before gain and shift.
 
 and GATED (SwiGLU), with a third matrix,
 
-    w3 = W3 gain,  b3 = W3 shift            u = xh w3' + b3     a = m1 silu(h) u
+    w3 = W3 gain,  b3 = W3 shift            u = xh w3' + b3     a = m1 silu(h) u     BOUNDED, its tanh for u
 
 Sums are float32; what enters a product is rounded to the products' type. There is a program for each tile of rows, and
 the weights pass through slice by slice: programs that keep them in shared memory and walk over tiles took half as long
@@ -176,6 +176,7 @@ def forward(
     NORM: tl.constexpr,
     EPS: tl.constexpr,
     GATED: tl.constexpr,
+    BOUNDED: tl.constexpr,
     DROP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -193,7 +194,8 @@ def forward(
         h = product(xh, slice_of(w1_ptr, first, BLOCK_F, BLOCK_D), b1_ptr, first)
         a = h * sigmoid(h)
         if GATED:
-            a *= product(xh, slice_of(w3_ptr, first, BLOCK_F, BLOCK_D), b3_ptr, first)
+            u = product(xh, slice_of(w3_ptr, first, BLOCK_F, BLOCK_D), b3_ptr, first)
+            a *= 2 * sigmoid(2 * u) - 1 if BOUNDED else u
         a = dropped(a, seed_ptr, row, first, threshold, scale, 0, DROP)
         w2 = slice_of(w2_ptr, first, BLOCK_F, BLOCK_D)
         acc = tl.dot(a.to(w2.dtype), w2, acc, input_precision="tf32x3")

@@ -6,7 +6,7 @@
 
 GATED, with W3 shift in u as in h,
 
-    da = dz w2' m1                          dh = da u silu'(h)     du = da silu(h)       dxh = dh w1 + du w3
+    dh = m1 da u silu'(h)                   du = m1 da silu(h)     dxh = dh w1 + du w3     BOUNDED, du (1 - u^2)
     G3 = xh' du                             dW3 = gain G3' + sum(du) shift'   and dgain, dshift the sums for W1 and W3
 
 and for batch norm, whose statistics are given,
@@ -27,8 +27,9 @@ from chela.ops.feed_forward.kernels import dropped, normalise, product, rows_of,
 
 @triton.jit
 def _hidden(
-    xh, dz, w1, w2, w3, b1_ptr, b3_ptr, seed_ptr, row, first, threshold, scale, GATED: tl.constexpr, DROP: tl.constexpr
-):
+    xh, dz, w1, w2, w3, b1_ptr, b3_ptr, seed_ptr, row, first, threshold, scale,
+    GATED: tl.constexpr, BOUNDED: tl.constexpr, DROP: tl.constexpr,
+):  # fmt: skip
     """Dh, du and a [M, BLOCK_F] from rows [M, BLOCK_D] and a slice of the weights; not GATED, du is dh."""
     h = product(xh, w1, b1_ptr, first)
     da = tl.dot(dz, tl.trans(w2), input_precision="tf32x3")
@@ -44,6 +45,9 @@ def _hidden(
     if GATED:
         du = da * a
         u = product(xh, w3, b3_ptr, first)
+        if BOUNDED:
+            u = 2 * sigmoid(2 * u) - 1
+            du *= 1 - u * u
         dh *= u
         a *= u
     return dh, du, a
@@ -72,6 +76,7 @@ def row_gradients(
     NORM: tl.constexpr,
     EPS: tl.constexpr,
     GATED: tl.constexpr,
+    BOUNDED: tl.constexpr,
     DROP: tl.constexpr,
     OWN: tl.constexpr,  # x is the residual as well
     WRITE_XH: tl.constexpr,
@@ -102,8 +107,9 @@ def row_gradients(
         w2 = slice_of(w2_ptr, first, BLOCK_F, BLOCK_D)
         w3 = slice_of(w3_ptr, first, BLOCK_F, BLOCK_D) if GATED else w1
         dh, du, _ = _hidden(
-            xh_tile, dz_tile, w1, w2, w3, b1_ptr, b3_ptr, seed_ptr, row, first, threshold, scale, GATED, DROP
-        )
+            xh_tile, dz_tile, w1, w2, w3, b1_ptr, b3_ptr, seed_ptr, row, first, threshold, scale,
+            GATED, BOUNDED, DROP,
+        )  # fmt: skip
         dxh = tl.dot(dh.to(w1.dtype), w1, dxh, input_precision="tf32x3")
         if GATED:
             dxh = tl.dot(du.to(w3.dtype), w3, dxh, input_precision="tf32x3")
@@ -138,6 +144,7 @@ def weight_gradients(
     D: tl.constexpr,
     F: tl.constexpr,
     GATED: tl.constexpr,
+    BOUNDED: tl.constexpr,
     DROP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -163,7 +170,9 @@ def weight_gradients(
         dz = tl.load(dz_ptr + at, mask=inside, other=0.0)
         if first == 0:
             db2 += tl.sum(tl.reshape(dz.to(tl.float32), [BLOCK_M // 16, 16, BLOCK_D]), axis=0)
-        dh, du, a = _hidden(xh, dz, w1, w2, w3, b1_ptr, b3_ptr, seed_ptr, row, first, threshold, scale, GATED, DROP)
+        dh, du, a = _hidden(
+            xh, dz, w1, w2, w3, b1_ptr, b3_ptr, seed_ptr, row, first, threshold, scale, GATED, BOUNDED, DROP
+        )
         # Rows beyond the end have dz = 0 and so dh = du = 0.
         db1 += tl.sum(tl.reshape(dh, [BLOCK_M // 16, 2, 8, BLOCK_F]), axis=1)
         g = tl.dot(tl.trans(xh), dh.to(xh.dtype), g, input_precision="tf32x3")

@@ -20,6 +20,7 @@ def feed_forward(
     b2: Float[Tensor, " d"],
     *,
     w3: Float[Tensor, "f d"] | None,
+    bounded: bool,
     norm: str,
     gain: Tensor | None,
     shift: Tensor | None,
@@ -34,7 +35,8 @@ def feed_forward(
     n = normalise(x, norm, gain, shift, mean, rstd).to(dtype)
     h = F.silu(F.linear(n, w1.to(dtype), b1.to(dtype)))
     if w3 is not None:
-        h = h * F.linear(n, w3.to(dtype))
+        u = F.linear(n, w3.to(dtype))
+        h = h * (torch.tanh(u) if bounded else u)
     if seed is not None:
         h = drop(h, seed, dropout, stream=0)
     h = F.linear(h, w2.to(dtype), b2.to(dtype))
