@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from chela.ops.dropout_kernels import keep
-from chela.ops.feed_forward.kernels import dropped, normalise, product, rows_of, sigmoid, slice_of, statistics
+from chela.ops.feed_forward.kernels import dropped, normalise, product, rows_of, sigmoid, slice_of, statistics, tanh
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def _hidden(
         du = da * a
         u = product(xh, w3, b3_ptr, first)
         if BOUNDED:
-            u = 2 * sigmoid(2 * u) - 1
+            u = tanh(u)
             du *= 1 - u * u
         dh *= u
         a *= u
