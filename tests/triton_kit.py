@@ -1,4 +1,4 @@
-"""Triton without a GPU and without its interpreter: kernels are specialised for an H100 as they would be there.
+"""Triton without a GPU and without its interpreter: kernels are specialised as they would be on an H100 or a GeForce.
 
 As a script, `python triton_kit.py NAME`: runs a census below and prints what it found as JSON.
 """
@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,6 +27,8 @@ HALF = {"dtype": torch.bfloat16}
 class Absent:
     """Stands for Triton's driver of a GPU that is not there."""
 
+    capability = 90
+
     def get_current_device(self) -> int:
         return 0
 
@@ -35,13 +38,14 @@ class Absent:
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.capability, 32)
 
 
-def pretend() -> None:
+def pretend(capability: int = 90) -> None:
     """Make the ops run their kernels' launches on tensors of the CPU, with the plans of a GPU of 132 processors."""
     from triton.runtime import driver
 
+    Absent.capability = capability
     driver.set_active(Absent())  # pyrefly: ignore
     modules = {name: importlib.import_module(f"chela.ops.{name}") for name in MODULES}
     os.environ["TRITON_INTERPRET"] = "1"  # read by `resolve`; Triton has read it before
@@ -49,10 +53,12 @@ def pretend() -> None:
     modules["feed_forward.fused"]._programs = lambda device: 132  # pyrefly: ignore
     impl = importlib.import_module("chela.ops.impl")
     importlib.import_module("chela.training")
-    plain = impl.resolve
+    plain, roomy = impl.resolve, importlib.import_module("chela.ops.launch").roomy
     for name, module in list(sys.modules.items()):
         if name.startswith("chela") and getattr(module, "resolve", None) is plain:
             module.resolve = functools.partial(_resolve, plain)  # pyrefly: ignore
+        if name.startswith("chela") and getattr(module, "roomy", None) is roomy:
+            module.roomy = lambda device: capability == 90  # pyrefly: ignore
 
 
 def _resolve(plain: Any, impl: str, device: torch.device, op: str) -> str:
@@ -95,6 +101,45 @@ def lengths_census(name: str) -> list[int]:
     return counts
 
 
+def room_census(capability: int) -> dict[str, dict[str, int]]:
+    """Bytes of shared memory of every kernel that the ops launch at the shapes that take most, by case.
+
+    A GPU that is roomy takes the widest rows; on another one the widest are those that its plans take.
+    """
+    from chela import ops
+    from chela.ops import random_inputs as draw
+    from chela.ops.feed_forward import feed_forward, widest
+    from chela.ops.gated_output import gated_output
+    from chela.ops.testing import values_and_gradients
+    from chela.training.precompile import would_compile
+
+    seed, cpu = torch.tensor(5), torch.device("cpu")
+    cases: dict[str, tuple[Any, dict[str, Any]]] = {}
+    for kind, gated in (("mlp", False), ("swiglu", True)):
+        for dtype in (torch.bfloat16, torch.float32):
+            if d := widest(dtype, cpu, gated=gated):
+                op = functools.partial(feed_forward, norm="layer", dropout=0.1, seed=seed)
+                inputs = draw.feed_forward_inputs(300, d=d, f=2 * d, gated=gated, dtype=dtype)
+                cases[f"feed_forward {kind} {dtype} D {d}"] = op, inputs
+    op = functools.partial(gated_output, heads=4, dropout=0.1, seed=seed)
+    cases["gated_output"] = op, draw.gated_output_inputs(300, d=256, v=512)
+    for dtype in (torch.bfloat16, torch.float32):
+        inputs = draw.linear_attention_inputs(64, 300, 1, 256, 256, dtype=dtype)
+        cases[f"linear_attention {dtype}"] = ops.linear_attention, inputs
+    for t in (500, 8192, 2**17, 2**18):
+        cases[f"long_conv T {t}"] = ops.long_conv, draw.long_conv_inputs(1, t, 8, t, **HALF)
+    # all launches first, as a kernel that is compiled would run at the next one
+    wanted = {
+        case: would_compile(functools.partial(values_and_gradients, op, inputs)) for case, (op, inputs) in cases.items()
+    }
+    found: dict[str, dict[str, int]] = {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for case, jobs in wanted.items():
+            compiled = pool.map(lambda job: (job[0].fn.__name__, job[0].preload(job[1]).metadata.shared), jobs)
+            found[case] = dict(sorted(compiled, key=lambda pair: pair[1]))
+    return found
+
+
 def rehearsal_census() -> dict[str, Any]:
     """What `precompile` compiles for a small run, and what a step and an evaluation then still want."""
     from triton.runtime.jit import JITFunction
@@ -133,14 +178,19 @@ def rehearsal_census() -> dict[str, Any]:
 
 @functools.cache
 def census(name: str) -> Any:
-    """The census of an op's name or "rehearsal", by a process of its own: Triton's interpreter is not in it."""
+    """The census of an op's name, "rehearsal" or "room", by a process of its own: Triton's interpreter is not in it.
+
+    "room 80" is that of a GPU of compute capability 8.0.
+    """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, name]
+    command = [sys.executable, __file__, *name.split()]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":
-    pretend()
-    print(json.dumps(rehearsal_census() if sys.argv[1] == "rehearsal" else lengths_census(sys.argv[1])))
+    wanted, *more = sys.argv[1:]
+    pretend(*map(int, more))
+    censuses = {"rehearsal": rehearsal_census, "room": functools.partial(room_census, *map(int, more))}
+    print(json.dumps(censuses[wanted]() if wanted in censuses else lengths_census(wanted)))

@@ -81,7 +81,10 @@ class ChelaBlock(nn.Module):
 
     def _fused(self, x: Tensor, impl: Impl) -> bool:
         """Whether the feed-forward part runs in one op."""
-        return self.feed_forward is not None and fits(x) and resolve(impl, x.device, "feed_forward") == "triton"
+        part = self.feed_forward
+        if part is None or resolve(impl, x.device, "feed_forward") != "triton":
+            return False
+        return fits(x, gated=isinstance(part, SwiGLU))
 
     def _feed_forward(self, x: Tensor, mask: Tensor | None, moments: Moments | None, impl: Impl) -> Tensor:
         """`x + feed_forward(norm(x))` (post-norm: of x itself); `moments` are what a batch norm trains with."""

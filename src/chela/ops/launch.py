@@ -3,7 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
+
+ROOMY = 227 * 1024
+"""Bytes of shared memory that a program may have on an H100 or a B200."""
+TIGHT = 99 * 1024
+"""And on a GeForce RTX 3090, 4090 or 5090; an A100 lies between, and gets what these get."""
 
 
 def jit(*varying: str) -> Any:
@@ -16,6 +22,15 @@ def jit(*varying: str) -> Any:
 def grid(kernel: Any, *programs: int) -> Any:
     """The kernel on so many programs along each axis, to be called with its arguments."""
     return kernel[programs]
+
+
+@torch.compiler.assume_constant_result
+def roomy(device: torch.device) -> bool:
+    """Whether a program may have as much shared memory as on an H100, `ROOMY`; elsewhere tiles must do with `TIGHT`.
+
+    So it is with compute capabilities 9 to 11, and where kernels are interpreted.
+    """
+    return device.type != "cuda" or 9 <= torch.cuda.get_device_capability(device)[0] <= 11
 
 
 def dense(tensor: Tensor | None) -> Tensor | None:

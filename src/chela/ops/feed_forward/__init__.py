@@ -10,6 +10,7 @@ from chela.ops.checks import check_alike, check_shape
 from chela.ops.dropout import check_seed, threshold
 from chela.ops.feed_forward import reference
 from chela.ops.impl import Impl, resolve
+from chela.ops.launch import roomy
 from chela.ops.precision import no_autocast
 
 Norm = Literal["layer", "rms", "scale", "batch", "none"]
@@ -23,14 +24,16 @@ NEEDS = {
 """What a norm is given, and which norms."""
 
 
-def widest(dtype: torch.dtype) -> int:
+def widest(dtype: torch.dtype, device: torch.device, *, gated: bool) -> int:
     """Most channels D that the Triton kernels take with products of `dtype`: a row must fit on chip; F need not."""
-    return 128 if dtype == torch.float32 else 256
+    if roomy(device):
+        return 128 if dtype == torch.float32 else 256
+    return 128 if dtype != torch.float32 else 0 if gated else 64
 
 
-def fits(x: Tensor) -> bool:
-    """Whether the Triton kernels take rows as wide as those of x [..., D]."""
-    return x.shape[-1] <= widest(_product_dtype(x))
+def fits(x: Tensor, *, gated: bool = False) -> bool:
+    """Whether the Triton kernels take rows as wide as those of x [..., D], on its device."""
+    return x.shape[-1] <= widest(_product_dtype(x), x.device, gated=gated)
 
 
 def feed_forward(
@@ -85,8 +88,9 @@ def feed_forward(
         residual: what is added [..., D], in any floating dtype; x when left out.
         dropout: probability, at least 0 and below 1, rounded to a multiple of 2^-16.
         seed: int64 [] on the device of x, when `dropout` is not 0.
-        impl: "auto" (Triton on CUDA, the reference elsewhere and for rows too wide for Triton), "triton" (D up to 256
-            with products of 16 bits, up to 128 in float32; no float64, no second derivative) or "reference".
+        impl: "auto" (Triton on CUDA, the reference elsewhere and for rows too wide for Triton), "triton" (D up to
+            `widest`: 256 with products of 16 bits and 128 in float32 on an H100, less on GPUs with less shared memory;
+            no float64, no second derivative) or "reference".
 
     Returns:
         [..., D] in the dtype of the residual.
@@ -115,7 +119,7 @@ def feed_forward(
         "seed": seed,
         "dtype": _product_dtype(x),
     }
-    if impl == "auto" and not fits(x):
+    if impl == "auto" and not fits(x, gated=w3 is not None):
         impl = "reference"
     if resolve(impl, x.device, "feed_forward") == "triton":
         from chela.ops.feed_forward import fused

@@ -9,7 +9,7 @@ from torch import Tensor
 from chela.ops.dropout import scale, threshold
 from chela.ops.feed_forward import kernels, kernels_backward, widest
 from chela.ops.feed_forward.reference import EPS
-from chela.ops.launch import ceil, dense, grid, no_second_derivative, power
+from chela.ops.launch import ceil, dense, grid, no_second_derivative, power, roomy
 
 
 class Tile(NamedTuple):
@@ -59,6 +59,11 @@ GATED_PLANS = {
         128: Plan(Tile(64, 64, 8, 1), Tile(64, 64, 8, 1), Tile(32, 64, 8, 1)),
     },
 }
+# For GPUs with less shared memory than an H100; float32 products with a third matrix have no room there.
+TIGHT_PLANS = {
+    2: {64: PLANS[2][64], 128: Plan(Tile(64, 64, 8, 1), Tile(64, 64, 8, 1), Tile(64, 64, 8, 1))},
+    4: {64: PLANS[4][64]},
+}
 FOLD = 16
 """Rows of the weights that one program folds."""
 SUM = 4096
@@ -91,9 +96,10 @@ def feed_forward(
     """
     if x.dtype == torch.float64 or (residual is not None and residual.dtype == torch.float64):
         raise ValueError("feed_forward's Triton kernels keep sums in float32: for float64 use impl='reference'")
-    if x.shape[-1] > widest(dtype):
+    most = widest(dtype, x.device, gated=w3 is not None)
+    if x.shape[-1] > most:
         raise ValueError(
-            f"feed_forward's Triton kernels take at most D = {widest(dtype)} with products of {dtype}, and x has "
+            f"feed_forward's Triton kernels take at most D = {most} with products of {dtype} on this device, and x has "
             f"{x.shape[-1]}: use impl='reference'"
         )
     rate = dropout if seed is not None else 0.0
@@ -149,7 +155,8 @@ class _Launch:
         self.block = max(64, power(self.d))
         self.gated = {"GATED": w3 is not None}
         self.bounded = {"BOUNDED": given.bounded}
-        self.plan = (PLANS if w3 is None else GATED_PLANS)[dtype.itemsize][self.block]
+        plans = TIGHT_PLANS if not roomy(x.device) else PLANS if w3 is None else GATED_PLANS
+        self.plan = plans[dtype.itemsize][self.block]
         self.padded = ceil(self.f, 64) * 64
         self.drops = (given.seed, threshold(given.dropout), scale(given.dropout))
         # The gain's one number for all channels is read D times.

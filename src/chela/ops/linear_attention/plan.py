@@ -6,9 +6,11 @@ the cost of reading two of the inputs once more.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+from chela.ops.launch import roomy
 
 MAX_KEY = 256
 PERIOD = 1024
@@ -83,7 +85,7 @@ def plans(
     decays: bool = False,
 ) -> tuple[Plan, BackwardPlan]:
     """Sizes of a forward and a backward pass over `rows` sequences and heads of `length` tokens."""
-    sizes = rows, length, key, value, dtype, multiprocessors(device), decays
+    sizes = rows, length, key, value, dtype, multiprocessors(device), decays, roomy(device)
     if type(rows) is int and type(length) is int:
         return _plans(*sizes)
     return _plans.__wrapped__(*sizes)  # a compiler's symbols, which cannot be looked up
@@ -91,12 +93,16 @@ def plans(
 
 @functools.lru_cache(maxsize=4096)
 def _plans(
-    rows: int, length: int, key: int, value: int, dtype: torch.dtype, processors: int, decays: bool
+    rows: int, length: int, key: int, value: int, dtype: torch.dtype, processors: int, decays: bool, room: bool
 ) -> tuple[Plan, BackwardPlan]:
-    return (
+    plans = (
         _forward_plan(rows, length, key, value, dtype, processors),
         _backward_plan(rows, length, key, value, dtype, processors, decays),
     )
+    if room or tile(key, MAX_KEY) <= 128:
+        return plans
+    forward, backward = plans
+    return replace(forward, stages=1), replace(backward, stages=min(backward.stages, 2))
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from chela.ops.launch import roomy
 from chela.ops.long_conv import packed
 from chela.ops.long_conv.history import with_history, within_reach
 from chela.ops.long_conv.method import choose
@@ -54,7 +55,8 @@ torch.library.define("chela::packed_long_conv_backward", f"(Tensor grad, {_PACKE
 def _method(history: Tensor, kernel: Tensor, reverse: Tensor, length: int) -> Any:
     from chela.ops.long_conv import on_chip, panels, toeplitz, transform, two_stage
 
-    name = choose(history.dtype, history.shape[1], length, kernel.shape[1], reverse.shape[1])
+    sizes = history.shape[1], length, kernel.shape[1], reverse.shape[1]
+    name = choose(history.dtype, *sizes, room=roomy(history.device))
     methods = {"toeplitz": toeplitz, "on_chip": on_chip, "panels": panels, "two_stage": two_stage}
     return methods.get(name, transform)
 

@@ -18,7 +18,7 @@ BEATEN: dict[Method, int] = {"on_chip": 1400, "panels": 2500, "two_stage": 4000,
 """Lags an output sees on average, up to which Toeplitz tiles beat a method, were its rows full."""
 
 
-def choose(dtype: torch.dtype, history: int, length: int, lags: int, ahead: int) -> Method:
+def choose(dtype: torch.dtype, history: int, length: int, lags: int, ahead: int, *, room: bool = True) -> Method:
     """Name the method for `length` outputs at the end of `history` inputs.
 
     Toeplitz tiles do O(T L) work on the matrix units, which take 16-bit numbers. Rows on the chip, or in two stages
@@ -31,10 +31,13 @@ def choose(dtype: torch.dtype, history: int, length: int, lags: int, ahead: int)
         length: T, at least 1.
         lags: L, at most S + T.
         ahead: L2, at most T - 1.
+        room: whether the GPU has the shared memory of an H100, which rows in two stages need.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return "transform"
     method: Method = next((name for name, most in LONGEST.items() if history <= most), "transform")
+    if method == "two_stage" and not room:
+        method = "transform"
     padding = (1 << (history - 1).bit_length()) / history if method in LONGEST else 1.0  # of work, by the row's length
     reach = _mean_reach(lags, history - length, length) + _mean_reach(ahead, 0, length)
     return "toeplitz" if reach <= BEATEN[method] * padding else method
