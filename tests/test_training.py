@@ -491,11 +491,19 @@ def test_weights_that_are_not_finite_are_never_saved():
         check_weights(model)
 
 
-def test_a_validation_that_is_not_finite_ends_the_run(tmp_path):
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({}, "the val loss is not finite at step 4; the checkpoint of step 3 stays"),
+        ({"norm": "batch"}, r"step 4 \(batch norm's .* try a lower optim.lr or model.norm layer\); the checkpoint"),
+        ({"norm": "batch", "feed_forward": "swiglu"}, "lower optim.lr, model.feed_forward bounded-swiglu or model"),
+    ],
+)
+def test_a_validation_that_is_not_finite_ends_the_run(tmp_path, model, message):
     task = make_task()
     result = {"loss": math.nan, "accuracy": 0.0, "count": 1}
-    with patch("chela.training.metrics.evaluate", return_value=result), pytest.raises(NonFinite, match="val loss"):
-        run_tiny(make_run(tmp_path), task)
+    with patch("chela.training.metrics.evaluate", return_value=result), pytest.raises(NonFinite, match=message):
+        run_tiny(make_run(tmp_path, model=model), task)
     assert not (tmp_path / "model.safetensors").exists()
 
 

@@ -154,9 +154,8 @@ def image() -> RunConfig:
 def pathfinder() -> RunConfig:
     """LRA Pathfinder, are two dots joined by a path, 32 x 32 pixels (one GPU).
 
-    Narrow, half of Image's width, and half of S4's rate: at all of it most runs stay at chance, whatever their seed, and
-    2 parameters an octave, which blur pixels a few rows away, did so for eighteen epochs (docs/lra.md). Decay after
-    LongConv.
+    Narrow, half of Image's width, and half of S4's rate: at all of it most runs stay at chance whatever their seed, and
+    so do 2 parameters an octave, which blur pixels a few rows away (docs/lra.md). Decay after LongConv.
     """
     start = image()
     return replace(

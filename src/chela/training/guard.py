@@ -7,10 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from chela.config import ModelConfig
 from chela.data import Batch
 from chela.training import distributed
 
 ADVICE = " (try a lower optim.lr, a longer optim.warmup or a smaller optim.clip)"
+
+
+def batch_norm_advice(model: ModelConfig) -> str:
+    """What may help where training is finite and validation is not: the difference is the running statistics.
+
+    Batch norm lets single positions grow, by its batch's statistics they still pass, by the running ones they do not.
+    """
+    if model.norm != "batch":
+        return ""
+    tamer = ", model.feed_forward bounded-swiglu" if model.feed_forward == "swiglu" else ""
+    return f" (batch norm's running statistics no longer fit: try a lower optim.lr{tamer} or model.norm layer)"
 
 
 class NonFinite(ValueError):

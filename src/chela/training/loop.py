@@ -16,7 +16,7 @@ from chela.training.carry import Carried
 from chela.training.checkpoint import restore, save_checkpoint
 from chela.training.device import compute_type, peak_memory
 from chela.training.folder import Found, RunFolder
-from chela.training.guard import Guard, NonFinite, check_weights, explain
+from chela.training.guard import Guard, NonFinite, batch_norm_advice, check_weights, explain
 from chela.training.interrupt import Interrupt
 from chela.training.journal import Journal, surroundings
 from chela.training.optim import make_optimizer, schedule, set_rate
@@ -219,7 +219,8 @@ class Trainer:
                 examples=settings.eval_examples if name == "val" else 0,
             )
         if not math.isfinite(result["loss"]):
-            self._fail(f"the {name} loss is not finite at step {self.state.step:,}")
+            advice = batch_norm_advice(self.run.model)
+            self._fail(f"the {name} loss is not finite at step {self.state.step:,}{advice}")
         return result
 
     def _stop_if_not_finite(self) -> None:
