@@ -66,8 +66,9 @@ def test_what_has_no_room_is_refused_or_left_to_the_reference(tight):
 def test_wide_keys_keep_fewer_tiles_on_their_way(tight):
     sizes = 64, 2048, 256, 256
     forward, backward = plan.plans(*sizes, torch.bfloat16, torch.device("cpu"))
-    assert (forward.stages, backward.stages) == (1, 2)
+    assert (forward.stages, backward.stages, backward.query_stages) == (1, 2, 2)
     assert plan.plans(64, 2048, 128, 256, torch.bfloat16, torch.device("cpu"))[0].stages > 1
+    assert plan.sums_plan(256, 256, torch.bfloat16, torch.device("cpu")).stages == 2
 
 
 def test_the_longest_rows_are_transformed_where_two_stages_do_not_fit():

@@ -126,6 +126,8 @@ def room_census(capability: int) -> dict[str, dict[str, int]]:
     for dtype in (torch.bfloat16, torch.float32):
         inputs = draw.linear_attention_inputs(64, 300, 1, 256, 256, dtype=dtype)
         cases[f"linear_attention {dtype}"] = ops.linear_attention, inputs
+        inputs = draw.linear_attention_inputs(1, 9000, 2, 256, 512, decay=True, dtype=dtype)  # split in time
+        cases[f"linear_attention with a decay {dtype}"] = ops.linear_attention, inputs
     for t in (500, 8192, 2**17, 2**18):
         cases[f"long_conv T {t}"] = ops.long_conv, draw.long_conv_inputs(1, t, 8, t, **HALF)
     # all launches first, as a kernel that is compiled would run at the next one

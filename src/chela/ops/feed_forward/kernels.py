@@ -199,13 +199,15 @@ def forward(
     xh = xh.to(w1_ptr.dtype.element_ty)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for first in tl.range(0, F, BLOCK_F, num_stages=STAGES):
-        h = product(xh, slice_of(w1_ptr, first, BLOCK_F, BLOCK_D), b1_ptr, first)
+        w1 = slice_of(w1_ptr, first, BLOCK_F, BLOCK_D)
+        w2 = slice_of(w2_ptr, first, BLOCK_F, BLOCK_D)
+        w3 = slice_of(w3_ptr, first, BLOCK_F, BLOCK_D) if GATED else w1
+        h = product(xh, w1, b1_ptr, first)
         a = h * sigmoid(h)
         if GATED:
-            u = product(xh, slice_of(w3_ptr, first, BLOCK_F, BLOCK_D), b3_ptr, first)
+            u = product(xh, w3, b3_ptr, first)
             a *= tanh(u) if BOUNDED else u
         a = dropped(a, seed_ptr, row, first, threshold, scale, 0, DROP)
-        w2 = slice_of(w2_ptr, first, BLOCK_F, BLOCK_D)
         acc = tl.dot(a.to(w2.dtype), w2, acc, input_precision="tf32x3")
     b2 = tl.load(b2_ptr + d, mask=d < D, other=0.0).to(tl.float32)
     acc = dropped(acc + b2[None, :], seed_ptr, row, 0, threshold, scale, 1, DROP)

@@ -84,7 +84,7 @@ def summed_states(
     (k, v), strides, align = dense(k, v)
     rows, length, heads, key, value = count_rows(k, cu_seqlens), *k.shape[1:], v.shape[3]
     sums = k.new_empty(rows, heads, plan.splits, key, value, dtype=torch.float32)
-    tiles = sums_plan(key, value, k.dtype)
+    tiles = sums_plan(key, value, k.dtype, k.device)
     kernels.state_sums[(rows * heads * plan.splits * tiles.programs(value),)](
         k, v, sums, log2_decay, cu_seqlens, length, heads, plan.splits, plan.unit, *strides,
         K=key, V=value, BK=tiles.key_tile, BV=tiles.value_tile, C=tiles.chunk, ALIGN=align,

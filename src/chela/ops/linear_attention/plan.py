@@ -102,15 +102,23 @@ def _plans(
     if room or tile(key, MAX_KEY) <= 128:
         return plans
     forward, backward = plans
-    return replace(forward, stages=1), replace(backward, stages=min(backward.stages, 2))
+    fewer = {"stages": min(backward.stages, 2), "query_stages": min(backward.query_stages, 2)}
+    return replace(forward, stages=1), replace(backward, **fewer)
+
+
+def sums_plan(key: int, value: int, dtype: torch.dtype, device: torch.device) -> Plan:
+    """Tiles of sums of states, which are all loading; the splits are those of the pass that wants the sums."""
+    return _sums_plan(key, value, dtype, roomy(device))
 
 
 @functools.cache
-def sums_plan(key: int, value: int, dtype: torch.dtype) -> Plan:
-    """Tiles of sums of states, which are all loading; the splits are those of the pass that wants the sums."""
+def _sums_plan(key: int, value: int, dtype: torch.dtype, room: bool) -> Plan:
     key_tile, wide = tile(key, MAX_KEY), dtype == torch.float32
     value_tile = tile(value, 32 if wide or key_tile > 128 else 64)
-    return Plan(key_tile, value_tile, 1, 32 if wide else 64, 4, 2 if wide else 4, 1, 64)
+    stages = 2 if wide else 4
+    if not room and key_tile > 128:
+        stages //= 2
+    return Plan(key_tile, value_tile, 1, 32 if wide else 64, 4, stages, 1, 64)
 
 
 def _forward_plan(rows: int, length: int, key: int, value: int, dtype: torch.dtype, processors: int) -> Plan:
