@@ -111,25 +111,16 @@ def _long(*sizes: int) -> Case:
     )
 
 
-def _feed_forward(rows: int, d: int, f: int) -> Case:
-    def run(
-        x: Tensor,
-        w1: Tensor,
-        b1: Tensor,
-        w2: Tensor,
-        b2: Tensor,
-        gain: Tensor,
-        shift: Tensor,
-        impl: Impl = "reference",
-    ) -> Outputs:
-        seed = torch.tensor(5, device=x.device)
-        out = feed_forward(x, w1, b1, w2, b2, norm="layer", gain=gain, shift=shift, dropout=0.1, seed=seed, impl=impl)
-        return (out,)
+def _feed_forward(rows: int, d: int, f: int, *, gated: bool = False) -> Case:
+    def run(impl: Impl = "reference", **inputs: Any) -> Outputs:
+        seed = torch.tensor(5, device=inputs["x"].device)
+        options: dict[str, Any] = {"norm": "layer", "bounded": gated, "dropout": 0.1, "seed": seed, "impl": impl}
+        return (feed_forward(**inputs, **options),)
 
     return Case(
         "feed_forward",
-        f"layer norm, dropout, {_shape('NDF', (rows, d, f))}",
-        lambda dtype, device: feed_forward_inputs(rows, d=d, f=f, dtype=dtype, device=device),
+        f"{'bounded SwiGLU' if gated else 'MLP'}, dropout, {_shape('NDF', (rows, d, f))}",
+        lambda dtype, device: feed_forward_inputs(rows, d=d, f=f, gated=gated, dtype=dtype, device=device),
         run,
         run,
     )
@@ -170,6 +161,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         _short(2, 193, 24, 4),
         _long(2, 193, 24, 193),
         _feed_forward(193, 24, 80),
+        _feed_forward(193, 24, 80, gated=True),
         _gated(193, 24, 40),
     ),
     "cuda": (
@@ -183,6 +175,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         _long(2, 1000, 24, 1000),
         _long(1, 4099, 24, 4099),
         _feed_forward(4099, 128, 256),
+        _feed_forward(4099, 128, 256, gated=True),
         _gated(4099, 128, 256),
     ),
 }
@@ -254,6 +247,10 @@ def known_issues(capability: tuple[int, int] | None, triton: str) -> list[tuple[
             hopper,
             "known bad: miscompiles tl.dot(tl.trans(x), y) on an accumulator; the kernels avoid it, see --selftest",
         ),
-        ("Blackwell (10.x, 12.x), any Triton", major in (10, 12), "untested: run --selftest before relying on it"),
+        (
+            "GPUs 8.x, 10.x, 12.x, any Triton",
+            major in (8, 10, 12),
+            "untested: run --selftest before relying on it",
+        ),
     ]
     return [(pair, f"this machine: {text}" if here else text) for pair, here, text in pairs]
