@@ -24,13 +24,16 @@ def grid(kernel: Any, *programs: int) -> Any:
     return kernel[programs]
 
 
-@torch.compiler.assume_constant_result
 def roomy(device: torch.device) -> bool:
     """Whether a program may have as much shared memory as on an H100, `ROOMY`; elsewhere tiles must do with `TIGHT`.
 
     So it is with compute capabilities 9 to 11, and where kernels are interpreted.
     """
     return device.type != "cuda" or 9 <= torch.cuda.get_device_capability(device)[0] <= 11
+
+
+# What torch.compiler.assume_constant_result does; that would load the compiler, seconds, whenever chela is imported.
+roomy._dynamo_marked_constant = True  # pyrefly: ignore
 
 
 def dense(tensor: Tensor | None) -> Tensor | None:
