@@ -141,7 +141,7 @@ def test_check_op_judges_a_single_number_by_several_draws():
 
     inputs = {"x": draw(1, seed=0)}
     with pytest.raises(AssertionError, match="grad x: largest error"):
-        check_op(alike, Sometimes.apply, inputs, seed=2)  # a lucky draw
+        check_op(alike, Sometimes.apply, inputs, seed=2, draws=1)  # a lucky one
     check_op(alike, Sometimes.apply, inputs, seed=2, draws=8)
 
 

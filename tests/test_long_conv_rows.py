@@ -32,7 +32,7 @@ def name(request, monkeypatch):
     """A method whose choice is taken away, with short rows."""
     monkeypatch.setitem(panels.SIZES, LONGEST["panels"], panels.Size(16, 16, 16, 4))
     monkeypatch.setitem(two_stage.SIZES, LONGEST["two_stage"], two_stage.Size(16, 16, 16, 4))
-    monkeypatch.setattr(fused, "choose", lambda *sizes: request.param)
+    monkeypatch.setattr(fused, "choose", lambda *sizes, room: request.param)
     return request.param
 
 
@@ -64,7 +64,7 @@ def test_a_full_row_never_wraps_around(name, causal):
 @pytest.mark.parametrize("length", [14_113, 65_537])
 @pytest.mark.parametrize("part", ["one tap", "a few", "a third", "all", "more", "both ways"])
 def test_rows_of_their_real_length(length, part, monkeypatch):
-    monkeypatch.setattr(fused, "choose", lambda *sizes: "panels")
+    monkeypatch.setattr(fused, "choose", lambda *sizes, room: "panels")
     lags = {"one tap": 1, "a few": 7, "a third": length // 3, "all": length, "more": length + 50}.get(part, length)
     reverse, state = (length - 1, None) if part == "both ways" else (None, min(lags - 1, 100))
     inputs = inputs_of(1, length, 2, lags, reverse=reverse, state=state, dtype=HALF)
@@ -94,13 +94,13 @@ def test_the_op_is_well_registered(name):
 @pytest.mark.parametrize("size", [panels.Size(16, 32, 16, 4, part=4, sum_part=2), panels.Size(16, 16, 32, 4)])
 def test_programs_that_take_a_part_of_a_panel_and_several_tiles_in_a_row(size, monkeypatch):
     monkeypatch.setitem(panels.SIZES, 8192, size)
-    monkeypatch.setattr(fused, "choose", lambda *sizes: "panels")
+    monkeypatch.setattr(fused, "choose", lambda *sizes, room: "panels")
     op = functools.partial(long_conv, causal=False, impl="triton")
     check(op, inputs_of(2, 500, 11, 400, reverse=499, dtype=BRAIN))
 
 
 def test_more_rows_than_one_program_sums(monkeypatch):
-    monkeypatch.setattr(fused, "choose", lambda *sizes: "on_chip")
+    monkeypatch.setattr(fused, "choose", lambda *sizes, room: "on_chip")
     check(convolve, inputs_of(2 * on_chip.PART + 1, 5, 2, 4, dtype=BRAIN))
 
 

@@ -28,13 +28,13 @@ convolve: Any = functools.partial(long_conv, impl="triton", return_state=True)
 def dtype(request, monkeypatch):
     """A dtype to test in, with the choice of the method taken away."""
     name, dtype = request.param
-    monkeypatch.setattr(fused, "choose", lambda *sizes: name)
+    monkeypatch.setattr(fused, "choose", lambda *sizes, room: name)
     return dtype
 
 
 @pytest.fixture
 def by_toeplitz(monkeypatch):
-    monkeypatch.setattr(fused, "choose", lambda *sizes: "toeplitz")
+    monkeypatch.setattr(fused, "choose", lambda *sizes, room: "toeplitz")
 
 
 def plain(x, kernel, reverse_kernel=None, state=None, form=reference.direct):
