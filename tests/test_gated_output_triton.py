@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
+from chela.ops import launch
 from chela.ops.gated_output import WIDEST, fused, gated_output, gated_output_with_moments
 from chela.ops.random_inputs import draw, gated_output_inputs
 from chela.ops.testing import check_op, relative_error, values_and_gradients
@@ -161,7 +162,7 @@ def test_any_layout(layout, nan_memory):
 def test_parts_of_a_wider_product_are_not_copied():
     wide = draw(2, 9, 7 + 12 + 2 * 10, seed=0, device=DEVICE)
     part = wide[..., 7:]
-    assert fused._rows(part).data_ptr() == part.data_ptr()
+    assert launch.rows(part).data_ptr() == part.data_ptr()
 
 
 def test_the_masks_are_the_reference_s():

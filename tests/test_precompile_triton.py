@@ -12,6 +12,7 @@ KERNELS = {
     "gated_output": 5,
     "linear_attention": 10,  # one split 3, several splits 7: few rows are cut in time from 64 tokens on
     "long_conv": 18,  # Toeplitz tiles 8, and 5 for each of two sizes of rows on the chip
+    "shared_attention": 4,  # sums of states from keys and from queries, forward, gradients
     "short_conv": 3,
 }
 

@@ -358,7 +358,8 @@ def test_more_than_two_thousand_million_entries():
 def test_no_length_or_batch_is_compiled_anew():
     def compiled():
         return sum(
-            len(kernel.device_caches[0][0]) for kernel in (kernels.forward, kernels.backward, kernels.sum_partials)
+            len(kernel.device_caches[0][0])
+            for kernel in (kernels.short_conv_forward, kernels.short_conv_backward, kernels.sum_partials)
         )
 
     op = functools.partial(convolve, activation="silu")

@@ -19,7 +19,7 @@ import torch
 MODULES = [
     "feed_forward.fused", "gated_output.fused", "linear_attention.fused", "linear_attention.plan",
     "long_conv.fused", "long_conv.on_chip", "long_conv.panels", "long_conv.toeplitz", "long_conv.two_stage",
-    "short_conv.fused",
+    "shared_attention.fused", "short_conv.fused",
 ]  # fmt: skip
 HALF = {"dtype": torch.bfloat16}
 
@@ -71,6 +71,7 @@ def lengths_census(name: str) -> list[int]:
     from chela.ops import random_inputs
     from chela.ops.feed_forward import feed_forward
     from chela.ops.gated_output import gated_output
+    from chela.ops.shared_attention import shared_attention
     from chela.ops.testing import values_and_gradients
     from chela.training.precompile import would_compile
 
@@ -83,6 +84,9 @@ def lengths_census(name: str) -> list[int]:
     elif name == "gated_output":
         inputs_of, op = lambda t: random_inputs.gated_output_inputs(2, t, d=128, v=256, **HALF), gated_output
         op = functools.partial(op, heads=1, dropout=0.1, seed=seed)
+    elif name == "shared_attention":
+        inputs_of = lambda t: random_inputs.shared_attention_inputs(2, t, 1, 64, 256, **HALF)  # noqa: E731
+        op = shared_attention
     elif name == "linear_attention":
         inputs_of, op = lambda t: random_inputs.linear_attention_inputs(2, t, 1, 64, 256, **HALF), ops.linear_attention
     elif name == "long_conv":
@@ -110,6 +114,7 @@ def room_census(capability: int) -> dict[str, dict[str, int]]:
     from chela.ops import random_inputs as draw
     from chela.ops.feed_forward import feed_forward, widest
     from chela.ops.gated_output import gated_output
+    from chela.ops.shared_attention import WIDEST, shared_attention
     from chela.ops.testing import values_and_gradients
     from chela.training.precompile import would_compile
 
@@ -124,6 +129,9 @@ def room_census(capability: int) -> dict[str, dict[str, int]]:
     op = functools.partial(gated_output, heads=4, dropout=0.1, seed=seed)
     cases["gated_output"] = op, draw.gated_output_inputs(300, d=256, v=512)
     for dtype in (torch.bfloat16, torch.float32):
+        cases[f"shared_attention {dtype}"] = (
+            shared_attention, draw.shared_attention_inputs(2, 300, 1, WIDEST, 512, dtype=dtype)
+        )  # fmt: skip
         inputs = draw.linear_attention_inputs(64, 300, 1, 256, 256, dtype=dtype)
         cases[f"linear_attention {dtype}"] = ops.linear_attention, inputs
         inputs = draw.linear_attention_inputs(1, 9000, 2, 256, 512, decay=True, dtype=dtype)  # split in time

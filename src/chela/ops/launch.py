@@ -41,6 +41,12 @@ def dense(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
+def rows(tensor: Tensor) -> Tensor:
+    """[N, width] with unit stride along the width; copied only where the rows are not evenly spaced in memory."""
+    flat = tensor.reshape(-1, tensor.shape[-1])
+    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
+
+
 def ceil(a: int, b: int) -> int:
     """Pieces of size b that hold a."""
     return -(-a // b)

@@ -5,6 +5,7 @@ what lies between the ops, and the whole update is recorded once for each shape 
 on the same memory, launched at once.
 """
 
+import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -167,6 +168,7 @@ class GraphedUpdate:
             for tensor in self.learner.changed():  # AdamW's averages are new and start at 0
                 tensor.copy_(before.get(id(tensor), torch.zeros_like(tensor)))
         del before
+        gc.collect()  # what cycles keep of the step's graph would tie parameters to its stream
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.memory):
             self._update(batch)

@@ -204,7 +204,7 @@ def _forward(x: Tensor, residual: Tensor | None, *arguments: Any) -> Tensor:
         on = _Launch(x, given)
         tile = on.plan.forward
         x = x.contiguous()
-        grid(kernels.forward, on.tiles(tile))(
+        grid(kernels.feed_forward, on.tiles(tile))(
             out, x, x if residual is None else residual.contiguous(), *on.weights, given.b2.contiguous(),
             dense(given.mean), dense(given.rstd), on.drops[0], on.rows, *on.drops[1:], **on.norm, **on.sizes(tile),
         )  # fmt: skip

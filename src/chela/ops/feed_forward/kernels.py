@@ -163,7 +163,7 @@ def rows_of(tile, rows, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, D: tl.cons
 
 
 @triton.jit(do_not_specialize=["rows", "threshold"])
-def forward(
+def feed_forward(
     out_ptr,  # [ROWS, D]
     x_ptr,  # [ROWS, D]
     residual_ptr,  # [ROWS, D]

@@ -1,7 +1,7 @@
 """The gated output on Triton's kernels: their launch, their registration with torch, their derivative.
 
-Bytes decide what is kept. Of the rows, the forward pass keeps `pre`, what SiLU is taken of, which the backward pass
-reads in h's place; u is made again from m and gate, and written once for the weight's gradient.
+Bytes decide what is kept. Of the rows, the forward pass keeps the product's D columns, which dropout has marked, and a
+single head's norm; u is made again from m and gate, and written once for the weight's gradient.
 """
 
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from torch import Tensor
 from chela.ops.dropout import scale, threshold
 from chela.ops.gated_output import WIDEST, kernels, moment_kernels, weight_kernels
 from chela.ops.gated_output.reference import EPS, STREAM
-from chela.ops.launch import ceil, dense, grid, no_second_derivative, power
+from chela.ops.launch import ceil, dense, grid, no_second_derivative, power, rows
 from chela.ops.moments import Moments
 
 
@@ -99,13 +99,13 @@ _INPUTS = (
 _OPTIONS = "int heads, float dropout"
 torch.library.define(
     "chela::gated_output",
-    f"({_INPUTS}, {_OPTIONS}, bool moments, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"({_INPUTS}, {_OPTIONS}, bool moments, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_TAG,
 )
 torch.library.define(
     "chela::gated_output_backward",
-    f"(Tensor dy, Tensor? dmoments, Tensor moments, Tensor pre, Tensor folded, {_INPUTS}, {_OPTIONS})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor dy, Tensor? dmoments, Tensor moments, Tensor product, Tensor inverse, Tensor folded, {_INPUTS},"
+    f" {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_TAG,
 )
 
@@ -130,7 +130,6 @@ class _Sizes:
             "BC": min(tile.values, max(16, power(width))),
             "BD": self.block,
             "EPS": EPS,
-            "STREAM": STREAM,
             "STAGES": tile.stages,
             "num_warps": tile.warps,
         }
@@ -150,15 +149,16 @@ def _forward(
     dropout: float,
     moments: bool,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output, its moments [3, D] and, for the backward pass, what SiLU is taken of and the folded weight.
+) -> tuple[Tensor, ...]:
+    """Output, its moments [3, D] and, for the backward pass, the product, a single head's norm and the folded weight.
 
-    Moments are mean, variance and number of positions, empty if not asked for; so are the last two without `keep`.
+    Moments are mean, variance and number of positions, empty if not asked for; so are the last three without `keep`.
     """
     results = _forward_shapes(m, mixed, residual, weight, bias, gain, mask, seed, heads, dropout, moments, keep)
-    out, of_out, pre, folded = results
+    out, of_out, product, inverse, folded = results
     if not m.numel():
-        return out, of_out.copy_(of_out.new_tensor([0.0, 0.0, 1.0])[:, None]) if moments else of_out, pre, folded
+        of_out = of_out.copy_(of_out.new_tensor([0.0, 0.0, 1.0])[:, None]) if moments else of_out
+        return out, of_out, product, inverse, folded
     on = _Sizes(m, weight, heads)
     if not keep:
         folded = m.new_empty(weight.shape)
@@ -167,20 +167,20 @@ def _forward(
             folded, weight.contiguous(), dense(gain), D=on.d, V=on.v, NORM=gain is not None, BLOCK=FOLD
         )
         tile = on.plan.forward
-        m, mixed, residual = _rows(m), _rows(mixed), _rows(residual)
+        m, mixed, residual = rows(m), rows(mixed), rows(residual)
         programs = ceil(on.n, tile.rows)
         parts = of_out.new_empty(programs, 3, on.d) if moments else of_out
-        grid(kernels.forward, programs)(
-            out, pre, parts, m, mixed, residual, folded, dense(bias), dense(mask), seed,
+        grid(kernels.gated_output_forward, programs)(
+            out, product, inverse, parts, m, mixed, residual, folded, dense(bias), dense(mask), seed,
             on.n, m.stride(0), mixed.stride(0), residual.stride(0), threshold(dropout), scale(dropout),
             NORM=gain is not None, BIAS=bias is not None, DROPS=seed is not None, KEEP=keep,
-            MOMENTS=moments, MASKED=mask is not None, **on.constants(tile),
+            MOMENTS=moments, MASKED=mask is not None, STREAM=STREAM, **on.constants(tile),
         )  # fmt: skip
         if moments:
             grid(moment_kernels.merge, ceil(on.d, COLUMNS))(
                 of_out, parts, programs, D=on.d, BLOCK=SUM // (2 * COLUMNS), COLUMNS=COLUMNS, num_warps=8
             )
-    return out, of_out, pre, folded if keep else m.new_empty(0)
+    return out, of_out, product, inverse, folded if keep else m.new_empty(0)
 
 
 @torch.library.impl("chela::gated_output_backward", "default")
@@ -188,7 +188,8 @@ def _backward(
     dy: Tensor,
     dmoments: Tensor | None,
     moments: Tensor,
-    pre: Tensor,
+    product: Tensor,
+    inverse: Tensor,
     folded: Tensor,
     m: Tensor,
     mixed: Tensor,
@@ -203,8 +204,9 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of m, mixed, residual, weight, bias and gain, the last two empty for None."""
     results = _backward_shapes(
-        dy, dmoments, moments, pre, folded, m, mixed, residual, weight, bias, gain, mask, seed, heads, dropout
-    )
+        dy, dmoments, moments, product, inverse, folded, m, mixed, residual, weight, bias, gain, mask, seed,
+        heads, dropout,
+    )  # fmt: skip
     dm, dmixed, dresidual, dweight, dbias, dgain = results
     if not m.numel():
         return tuple(result.zero_() for result in results)
@@ -214,12 +216,12 @@ def _backward(
     bias_partial = m.new_empty(programs, on.d, dtype=torch.float32)
     u = torch.empty_like(dm)
     with torch.cuda.device_of(m):
-        dy, m, mixed, residual = _rows(dy), _rows(m), _rows(mixed), _rows(residual)
-        grid(kernels.backward, programs)(
+        dy, m, mixed, residual = rows(dy), rows(m), rows(mixed), rows(residual)
+        grid(kernels.gated_output_backward, programs)(
             dm, dmixed, dresidual, u, bias_partial, dy, dense(dmoments), moments.contiguous(),
-            pre.contiguous(), m, mixed, residual, folded, dense(mask), seed,
-            on.n, dy.stride(0), m.stride(0), mixed.stride(0), residual.stride(0), threshold(dropout), scale(dropout),
-            NORM=gain is not None, DROPS=seed is not None,
+            product.contiguous(), inverse, m, mixed, residual, folded, dense(bias), dense(mask),
+            on.n, dy.stride(0), m.stride(0), mixed.stride(0), residual.stride(0), scale(dropout),
+            NORM=gain is not None, BIAS=bias is not None, DROPS=seed is not None,
             MOMENTS=dmoments is not None, MASKED=mask is not None, **on.constants(tile),
         )  # fmt: skip
         tile = on.plan.weight
@@ -227,7 +229,7 @@ def _backward(
         shares = ceil(on.n, share)
         columns = min(tile.values, max(16, power(on.v)))
         partial = m.new_empty(shares, on.d, on.v, dtype=torch.float32)
-        dpre = _rows(dmixed)[:, on.v : on.v + on.d]
+        dpre = rows(dmixed)[:, on.v : on.v + on.d]
         grid(weight_kernels.multiply, shares, ceil(on.v, columns))(
             partial, dpre, u, on.n, share, dpre.stride(0),
             D=on.d, V=on.v, BM=tile.rows, BD=on.block, BV=columns, STAGES=tile.stages, num_warps=tile.warps,
@@ -254,10 +256,11 @@ def _forward_shapes(
     dropout: float,
     moments: bool,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     of_out = m.new_empty((3, weight.shape[0]) if moments else (0,), dtype=torch.float32)
-    pre, folded = (m.new_empty(like.shape if keep else (0,)) for like in (residual, weight))
-    return residual.new_empty(residual.shape), of_out, pre, folded
+    product, folded = (m.new_empty(like.shape if keep else (0,)) for like in (residual, weight))
+    inverse = m.new_empty(m.shape[:-1] if keep and gain is not None and heads == 1 else (0,), dtype=torch.float32)
+    return residual.new_empty(residual.shape), of_out, product, inverse, folded
 
 
 @torch.library.register_fake("chela::gated_output_backward")
@@ -265,7 +268,8 @@ def _backward_shapes(
     dy: Tensor,
     dmoments: Tensor | None,
     moments: Tensor,
-    pre: Tensor,
+    product: Tensor,
+    inverse: Tensor,
     folded: Tensor,
     m: Tensor,
     mixed: Tensor,
@@ -282,7 +286,7 @@ def _backward_shapes(
     return tuple(m.new_empty(0) if like is None else like.new_empty(like.shape) for like in inputs)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.heads, ctx.dropout, ctx.moments, _ = inputs
     ctx.save_for_backward(*output[1:], *tensors)
     ctx.set_materialize_grads(False)
@@ -306,9 +310,3 @@ def _differentiate(
 
 torch.library.register_autograd("chela::gated_output", _differentiate, setup_context=_save)
 torch.library.register_autograd("chela::gated_output_backward", no_second_derivative("gated_output"))
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """[N, width] with unit stride along the width; copied only where the rows are not evenly spaced in memory."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()

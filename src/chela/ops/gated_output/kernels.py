@@ -1,9 +1,15 @@
 """Triton kernels of the gated output: forward and backward over its rows.
 
 Shapes: N rows, H heads of width HV (V = H HV), D model width. A program has BM rows, all D columns (BD >= D of them
-in a tile, with a mask), and walks through the values of a head in chunks of BC. Where a head is wider than a chunk,
-sums over it need a walk of their own. The weight comes folded: `gain W_o`, in the dtype of the products, so that
-u = silu(gate) norm(m) everywhere (`weight_kernels`). The number of rows is never a constant of a kernel.
+in a tile, with a mask), and walks through the values of a head in chunks of BC. The weight comes folded: `gain W_o`,
+in the dtype of the products, so that u = silu(gate) norm(m) everywhere (`weight_kernels`). The number of rows is never
+a constant of a kernel.
+
+Where a head is wider than a chunk, sums over it need a walk of their own, but for those of a single head in the
+backward pass: the forward pass keeps the norm's inverse root, and of dnorm = F^T dpre silu(gate) the sum that the
+norm's derivative needs is, without a look at the values,
+
+    sum over V of dnorm norm(m) = dpre . F u = dpre . product
 """
 
 import triton
@@ -35,9 +41,10 @@ def _weight(weight_ptr, column, D: tl.constexpr, HV: tl.constexpr, V: tl.constex
 
 
 @triton.jit(do_not_specialize=["n"])
-def forward(
+def gated_output_forward(
     y_ptr,  # [N, D]
-    pre_ptr,  # [N, D]: h + u W^T + b, kept for the backward pass
+    product_ptr,  # [N, D]: F u, kept for the backward pass; -inf where dropout strikes
+    inverse_ptr,  # [N] float32: a single head's 1 / root mean square, kept likewise
     parts_ptr,  # [programs, 3, D] float32: each program's share of the output's moments
     m_ptr,  # [N, V], rows m_row apart
     mixed_ptr,  # [N, V + 2D], rows mixed_row apart: gate, h, p
@@ -77,7 +84,7 @@ def forward(
     m_rows = m_ptr + (row * m_row)[:, None]
     mixed_rows = mixed_ptr + (row * mixed_row)[:, None]
 
-    pre = tl.zeros([BM, BD], tl.float32)
+    product = tl.zeros([BM, BD], tl.float32)
     for head in range(H):
         if NORM & (BC < HV):
             squares = tl.zeros([BM], tl.float32)
@@ -94,20 +101,24 @@ def forward(
             u = m * gate * tl.sigmoid(gate)
             if NORM:
                 u *= inverse
-            pre = tl.dot(u.to(weight.dtype), tl.trans(weight), pre, input_precision="tf32x3")  # [BM, BD]
+            product = tl.dot(u.to(weight.dtype), tl.trans(weight), product, input_precision="tf32x3")  # [BM, BD]
+        if KEEP & NORM & (H == 1):
+            tl.store(inverse_ptr + row[:, None], inverse, mask=there)
 
-    pre += tl.load(mixed_rows + (V + d)[None, :], mask=narrow, other=0.0).to(tl.float32)
+    pre = product + tl.load(mixed_rows + (V + d)[None, :], mask=narrow, other=0.0).to(tl.float32)
     if BIAS:
         pre += tl.load(bias_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
     p = tl.load(mixed_rows + (V + D + d)[None, :], mask=narrow, other=0.0).to(tl.float32)
     residual = tl.load(residual_ptr + (row * residual_row)[:, None] + d[None, :], mask=narrow, other=0.0)
     residual = residual.to(tl.float32)
     at = (row * D)[:, None] + d[None, :]
-    if KEEP:
-        tl.store(pre_ptr + at, pre.to(pre_ptr.dtype.element_ty), mask=narrow)
     a = pre * tl.sigmoid(pre)
     if DROPS:
-        a = tl.where(keep(tl.load(seed_ptr), row, 0, threshold, STREAM, BD), a * scale, 0.0)
+        kept = keep(tl.load(seed_ptr), row, 0, threshold, STREAM, BD)
+        a = tl.where(kept, a * scale, 0.0)
+        product = tl.where(kept, product, float("-inf"))
+    if KEEP:
+        tl.store(product_ptr + at, product.to(product_ptr.dtype.element_ty), mask=narrow)
     y = (residual + tl.sigmoid(p) * (a - residual)).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + at, y, mask=narrow)
     if MOMENTS:
@@ -116,7 +127,7 @@ def forward(
 
 
 @triton.jit(do_not_specialize=["n"])
-def backward(
+def gated_output_backward(
     dm_ptr,  # [N, V]
     dmixed_ptr,  # [N, V + 2D]
     dresidual_ptr,  # [N, D]
@@ -125,19 +136,19 @@ def backward(
     dy_ptr,  # [N, D], rows dy_row apart
     dmoments_ptr,  # [2 or more, D] float32: gradients of mean and variance of the output
     moments_ptr,  # [3, D] float32
-    pre_ptr,  # [N, D]
+    product_ptr,  # [N, D], as the forward pass left it
+    inverse_ptr,  # [N] float32, likewise
     m_ptr,  # [N, V], rows m_row apart
     mixed_ptr,  # [N, V + 2D], rows mixed_row apart
     residual_ptr,  # [N, D], rows residual_row apart
     weight_ptr,  # [D, V], folded
+    bias_ptr,  # [D]
     mask_ptr,  # [N]
-    seed_ptr,  # []
     n,
     dy_row,
     m_row,
     mixed_row,
     residual_row,
-    threshold,
     scale,
     H: tl.constexpr,
     HV: tl.constexpr,
@@ -146,8 +157,8 @@ def backward(
     BC: tl.constexpr,
     BD: tl.constexpr,
     EPS: tl.constexpr,
-    STREAM: tl.constexpr,
     NORM: tl.constexpr,
+    BIAS: tl.constexpr,
     DROPS: tl.constexpr,
     MOMENTS: tl.constexpr,
     MASKED: tl.constexpr,
@@ -168,13 +179,18 @@ def backward(
 
     dy = tl.load(dy_ptr + (row * dy_row)[:, None] + d[None, :], mask=narrow, other=0.0).to(tl.float32)
     p = tl.load(mixed_rows + (V + D + d)[None, :], mask=narrow, other=0.0).to(tl.float32)
-    pre = tl.load(pre_ptr + at, mask=narrow, other=0.0).to(tl.float32)
+    product = tl.load(product_ptr + at, mask=narrow, other=0.0).to(tl.float32)
+    if DROPS:
+        kept = product > float("-inf")
+        product = tl.where(kept, product, 0.0)
+    pre = product + tl.load(mixed_rows + (V + d)[None, :], mask=narrow, other=0.0).to(tl.float32)
+    if BIAS:
+        pre += tl.load(bias_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
     residual = tl.load(residual_ptr + (row * residual_row)[:, None] + d[None, :], mask=narrow, other=0.0)
     residual = residual.to(tl.float32)
     mix, open_pre = tl.sigmoid(p), tl.sigmoid(pre)
     a = pre * open_pre
     if DROPS:
-        kept = keep(tl.load(seed_ptr), row, 0, threshold, STREAM, BD)
         a = tl.where(kept, a * scale, 0.0)
     if MOMENTS:
         y = residual + mix * (a - residual)
@@ -189,8 +205,11 @@ def backward(
     dpre = dpre.to(dtype)
     tl.store(dmixed_rows + (V + d)[None, :], dpre, mask=narrow)
 
+    if NORM & (H == 1):
+        inverse = tl.load(inverse_ptr + row[:, None], mask=there, other=0.0)
+        mean = tl.sum(dpre.to(tl.float32) * product, axis=1)[:, None] / HV  # of dnorm norm
     for head in range(H):
-        if NORM & (BC < HV):
+        if NORM & (H > 1) & (BC < HV):
             squares, total = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
             for column in tl.range(head * HV, (head + 1) * HV, BC, num_stages=STAGES):
                 m = _values(m_rows, column, there, HV, BC).to(tl.float32)
@@ -209,7 +228,7 @@ def backward(
             open = tl.sigmoid(gate)
             dm = du * gate * open
             if NORM:
-                if BC >= HV:
+                if (H > 1) & (BC >= HV):
                     inverse = tl.rsqrt(tl.sum(m * m, axis=1) / HV + EPS)[:, None]
                     mean = inverse * tl.sum(dm * m, axis=1)[:, None] / HV
                 m *= inverse

@@ -119,7 +119,7 @@ def _forward(
     state = state if width > 1 else None
     if out.numel() or after.numel():
         with torch.cuda.device_of(x):
-            launch: Any = kernels.forward[cut.grid]
+            launch: Any = kernels.short_conv_forward[cut.grid]
             launch(
                 out,
                 after if state_out else None,
@@ -166,7 +166,7 @@ def _backward(
         return dx, dweight.zero_(), dbias.zero_(), dstate
     partial = x.new_empty(cut.grid[0], width + 1, channels, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        launch: Any = kernels.backward[cut.grid]
+        launch: Any = kernels.short_conv_backward[cut.grid]
         launch(
             dx,
             partial,

@@ -93,7 +93,7 @@ def _convolve(window, taps, bias, W: tl.constexpr):
 @triton.jit(
     do_not_specialize=["n", "t", "stretches", "chunk", "halvings", "x_batch", "x_row"],
 )
-def forward(
+def short_conv_forward(
     out_ptr,  # [B, T, D]
     state_out_ptr,  # [N, W-1, D]
     x_ptr,  # [B, T, D], strides ALIGN * (x_batch, x_row), 1
@@ -167,7 +167,7 @@ def forward(
 @triton.jit(
     do_not_specialize=["n", "t", "stretches", "chunk", "halvings", "x_batch", "x_row", "dy_batch", "dy_row"],
 )
-def backward(
+def short_conv_backward(
     dx_ptr,  # [B, T, D]
     partial_ptr,  # [programs, W+1, D] float32: this program's share of dweight, then of dbias
     dstate_ptr,  # [N, W-1, D]
