@@ -29,7 +29,7 @@ class Plan(NamedTuple):
 
 
 PLANS = {
-    2: Plan(Tile(64, 64, 4, 4), Tile(64, 128, 4, 1), Tile(64, 64, 4, 2)),
+    2: Plan(Tile(64, 64, 4, 4), Tile(64, 128, 4, 1), Tile(64, 64, 8, 2)),
     4: Plan(Tile(32, 32, 4, 2), Tile(32, 64, 4, 1), Tile(32, 32, 4, 1)),
 }
 """By the bytes of a number in the products."""
