@@ -128,6 +128,8 @@ def room_census(capability: int) -> dict[str, dict[str, int]]:
                 cases[f"feed_forward {kind} {dtype} D {d}"] = op, inputs
     op = functools.partial(gated_output, heads=4, dropout=0.1, seed=seed)
     cases["gated_output"] = op, draw.gated_output_inputs(300, d=256, v=512)
+    op = functools.partial(gated_output, dropout=0.1, seed=seed)  # one head, in one chunk and in several
+    cases |= {f"gated_output V {v}": (op, draw.gated_output_inputs(300, d=64, v=v)) for v in (32, 128)}
     for dtype in (torch.bfloat16, torch.float32):
         cases[f"shared_attention {dtype}"] = (
             shared_attention, draw.shared_attention_inputs(2, 300, 1, WIDEST, 512, dtype=dtype)
