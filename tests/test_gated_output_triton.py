@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
-from chela.ops import launch
+from chela.ops import launch, row_products
 from chela.ops.gated_output import WIDEST, fused, gated_output, gated_output_with_moments
 from chela.ops.random_inputs import draw, gated_output_inputs
 from chela.ops.testing import check_op, relative_error, values_and_gradients
@@ -113,7 +113,7 @@ def test_any_number_of_rows(rows, nan_memory):
 
 
 def test_more_rows_than_shares_of_one_tile(nan_memory):
-    rows = 32 * fused.SHARES + 65  # a share has two tiles, the last share less
+    rows = 32 * row_products.SHARES + 65  # a share has two tiles, the last share less
     check(inputs_of(rows, d=3, v=4), 0.1, draws=5)
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from chela.ops import row_products
 from chela.ops.dropout import scale, threshold
 from chela.ops.gated_output import WIDEST, kernels, kernels_backward, moment_kernels, weight_kernels
 from chela.ops.gated_output.reference import EPS, STREAM
@@ -33,28 +34,25 @@ class Plan(NamedTuple):
     gate: Tile
     """Forward and backward."""
     values: Tile
-    weight: Tile
 
 
 # By the bytes of a number in the product and by the widest row they are for.
 PLANS = {
     2: {
-        64: Plan(Tile(64, 64, 4, 2), Tile(32, 0, 4, 1), Tile(64, 64, 4, 2), Tile(64, 128, 8, 3)),
-        128: Plan(Tile(64, 64, 4, 2), Tile(16, 0, 8, 1), Tile(64, 64, 4, 2), Tile(64, 128, 8, 3)),
-        256: Plan(Tile(32, 64, 8, 2), Tile(16, 0, 8, 1), Tile(64, 64, 8, 2), Tile(64, 64, 8, 3)),
+        64: Plan(Tile(64, 64, 4, 2), Tile(32, 0, 4, 1), Tile(64, 64, 4, 2)),
+        128: Plan(Tile(64, 64, 4, 2), Tile(16, 0, 8, 1), Tile(64, 64, 4, 2)),
+        256: Plan(Tile(32, 64, 8, 2), Tile(16, 0, 8, 1), Tile(64, 64, 8, 2)),
     },
     4: {
-        64: Plan(Tile(32, 64, 4, 1), Tile(32, 0, 4, 1), Tile(32, 64, 4, 1), Tile(32, 64, 8, 2)),
-        128: Plan(Tile(32, 64, 8, 1), Tile(16, 0, 4, 1), Tile(32, 64, 8, 1), Tile(32, 64, 8, 2)),
-        256: Plan(Tile(16, 32, 8, 1), Tile(16, 0, 8, 1), Tile(16, 32, 8, 1), Tile(32, 32, 8, 2)),
+        64: Plan(Tile(32, 64, 4, 1), Tile(32, 0, 4, 1), Tile(32, 64, 4, 1)),
+        128: Plan(Tile(32, 64, 8, 1), Tile(16, 0, 4, 1), Tile(32, 64, 8, 1)),
+        256: Plan(Tile(16, 32, 8, 1), Tile(16, 0, 8, 1), Tile(16, 32, 8, 1)),
     },
 }
 TURNS = 4
 """Times that a program takes the rows of a tile, where it adds something up over its rows."""
 FOLD = 1024
 """Entries of the weight that one program folds."""
-SHARES = 64
-"""Most parts that the rows are cut into for the weight's gradient."""
 COLUMNS = 8
 """Columns of V, or twice as many of D, whose sums over all parts one program makes: 32 bytes of float32."""
 SUM = 16384
@@ -234,18 +232,12 @@ def _backward(
             dm, dmixed, u, m, mixed, folded, inverse, mean, on.n, m.stride(0), mixed.stride(0),
             NORM=gain is not None, **on.constants(tile),
         )  # fmt: skip
-        tile = on.plan.weight
-        share = ceil(ceil(on.n, SHARES), tile.rows) * tile.rows
-        shares = ceil(on.n, share)
-        columns = min(tile.values, max(16, power(on.v)))
-        partial = m.new_empty(shares, on.d, on.v, dtype=torch.float32)
         dpre = rows(dmixed)[:, on.v : on.v + on.d]
-        grid(weight_kernels.multiply, shares, ceil(on.v, columns))(
-            partial, dpre, u, on.n, share, dpre.stride(0),
-            D=on.d, V=on.v, BM=tile.rows, BD=on.block, BV=columns, STAGES=tile.stages, num_warps=tile.warps,
-        )  # fmt: skip
+        how = row_products.cut(on.n, on.d, m.dtype)
+        partial = m.new_empty(how.shares, on.d, on.v, dtype=torch.float32)
+        row_products.multiply(partial, dpre, rows(u), how)
         grid(weight_kernels.finish, ceil(on.v, COLUMNS) + ceil(on.d, 2 * COLUMNS))(
-            dweight, dgain, dbias, partial, bias_partial, weight.contiguous(), dense(gain), shares, programs,
+            dweight, dgain, dbias, partial, bias_partial, weight.contiguous(), dense(gain), how.shares, programs,
             D=on.d, V=on.v, NORM=gain is not None, BIAS=bias is not None, BD=on.block, BV=COLUMNS,
             SHARES=SUM // (on.block * COLUMNS), BLOCK=SUM // (2 * COLUMNS), COLUMNS=2 * COLUMNS, num_warps=8,
         )  # fmt: skip
