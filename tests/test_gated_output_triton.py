@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
-from chela.ops import launch, row_products
+from chela.ops import launch
 from chela.ops.gated_output import WIDEST, fused, gated_output, gated_output_with_moments
 from chela.ops.random_inputs import draw, gated_output_inputs
 from chela.ops.testing import check_op, relative_error, values_and_gradients
@@ -113,7 +113,7 @@ def test_any_number_of_rows(rows, nan_memory):
 
 
 def test_more_rows_than_shares_of_one_tile(nan_memory):
-    rows = 32 * row_products.SHARES + 65  # a share has two tiles, the last share less
+    rows = 32 * fused.SHARES + 65  # a share has two tiles, the last share less
     check(inputs_of(rows, d=3, v=4), 0.1, draws=5)
 
 
@@ -217,6 +217,13 @@ def test_a_row_depends_on_no_other():
     assert torch.equal(op(**inputs)[33:], out[33:])
 
 
+def test_without_gradients_nothing_is_kept():
+    tensors = [*inputs_of(33, d=24, v=80).values()]
+    out, _, *kept = forward_op(*tensors, None, None, 1, 0.0, True, False)
+    assert all(not tensor.numel() for tensor in kept)
+    assert torch.equal(out, forward_op(*tensors, None, None, 1, 0.0, True, True)[0])
+
+
 def test_no_rows(nan_memory):
     inputs = inputs_of(2, 0, d=10, v=12)
     for name, value in values_and_gradients(run, inputs).items():
@@ -231,9 +238,9 @@ def test_ops_are_registered_as_torch_wants_them(moments, bias, gain, rate):
     tensors = [leaves.get(name) for name in ("m", "mixed", "residual", "weight", "bias", "gain")]
     mask = torch.arange(20, device=DEVICE) < 13 if moments else None
     arguments = (*tensors, mask, seed_of(3) if rate else None, 2, rate)
-    torch.library.opcheck(forward_op, (*arguments, moments))
+    torch.library.opcheck(forward_op, (*arguments, moments, True))
     detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
-    _, *kept = forward_op(*detached, moments)
+    _, *kept = forward_op(*detached, moments, True)
     dy, dmoments = (draw(rows, 10, seed=rows, device=DEVICE) for rows in (20, 3))
     torch.library.opcheck(backward_op, (dy, dmoments if moments else None, *kept, *detached))
 

@@ -8,11 +8,10 @@ pytest.importorskip("triton.knobs")
 from triton_kit import census  # pyrefly: ignore
 
 KERNELS = {
-    "feed_forward": 6,  # weights folded, forward; gradients of rows, products for those of both weights, their sums
-    "gated_output": 7,
+    "feed_forward": 5,  # weights folded, forward; gradients of rows and of weights, the latter summed
+    "gated_output": 5,
     "linear_attention": 10,  # one split 3, several splits 7: few rows are cut in time from 64 tokens on
     "long_conv": 18,  # Toeplitz tiles 8, and 5 for each of two sizes of rows on the chip
-    "shared_attention": 4,  # sums of states from keys and from queries, forward, gradients
     "short_conv": 3,
 }
 

@@ -26,10 +26,8 @@ from chela.ops.random_inputs import (
     gated_output_inputs,
     linear_attention_inputs,
     long_conv_inputs,
-    shared_attention_inputs,
     short_conv_inputs,
 )
-from chela.ops.shared_attention import shared_attention
 from chela.ops.short_conv.reference import grouped, taps
 from chela.ops.testing import check_op
 
@@ -151,19 +149,6 @@ def _gated(rows: int, d: int, v: int) -> Case:
     )
 
 
-def _shared(*sizes: int) -> Case:
-    def run(impl: Impl = "reference", **inputs: Any) -> Outputs:
-        return (shared_attention(**inputs, impl=impl),)
-
-    return Case(
-        "shared_attention",
-        f"both directions, {_shape('BTHKV', sizes)}",
-        lambda dtype, device: shared_attention_inputs(*sizes, dtype=dtype, device=device),
-        run,
-        run,
-    )
-
-
 def _shape(axes: str, sizes: tuple[int, ...]) -> str:
     return " ".join(f"{axis}{size}" for axis, size in zip(axes, sizes, strict=True))
 
@@ -179,7 +164,6 @@ CASES: dict[str, tuple[Case, ...]] = {
         _feed_forward(193, 24, 80),
         _feed_forward(193, 24, 80, gated=True),
         _gated(193, 24, 40),
-        _shared(2, 193, 2, 24, 40),
     ),
     "cuda": (
         _attention("causal", 2, 1000, 3, 64, 64, state=True),
@@ -194,7 +178,6 @@ CASES: dict[str, tuple[Case, ...]] = {
         _feed_forward(4099, 128, 256),
         _feed_forward(4099, 128, 256, gated=True),
         _gated(4099, 128, 256),
-        _shared(2, 4099, 1, 64, 256),
     ),
 }
 """For each kind of device. On a GPU: few rows that are long, which are split over the multiprocessors, and others."""

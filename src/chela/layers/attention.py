@@ -12,7 +12,6 @@ from chela.layers.padding import check_mask
 from chela.layers.short_long_conv import is_step
 from chela.ops import linear_attention, linear_attention_step
 from chela.ops.impl import Impl
-from chela.ops.shared_attention import WIDEST, shared_attention
 
 AttentionNorm = Literal["rms", "sum", "none"]
 
@@ -124,11 +123,6 @@ class GatedLinearAttention(nn.Module):
             ValueError: a mask of another shape or type, or together with state; or what the op refuses.
         """
         check_mask(mask, x, state)
-        carried = state is not None or return_state or cu_seqlens is not None
-        if not (self.causal or carried or self.norm == "sum") and self.widths[0] <= WIDEST:
-            parameters = self.q_gain, self.q_bias, self.k_gain, self.k_bias
-            values = self.from_x(x)
-            return shared_attention(shared, values, *parameters, mask=mask, scale=self.scale, impl=impl), None
         shared = F.silu(shared).unsqueeze(2)  # [B, T, 1, K]
         q = shared * self.q_gain.to(shared.dtype) + self.q_bias.to(shared.dtype)
         k = shared * self.k_gain.to(shared.dtype) + self.k_bias.to(shared.dtype)

@@ -185,24 +185,6 @@ def gated_output_inputs(
     return inputs
 
 
-def shared_attention_inputs(b: int, t: int, h: int, k: int, v: int, *, seed: int = 0, **options: Any) -> dict[str, Any]:
-    """Draw shared [B, T, K], values [B, T, V] and gains and biases of queries and keys [H, K].
-
-    `options` are those of `draw`, for the first two; the others are contiguous, float32 (float64 for float64). Gains
-    are such that outputs are of the order of one.
-    """
-    device, wide = _device_and_wide(options)
-    inputs: dict[str, Any] = {
-        "shared": draw(b, t, k, seed=seed, **options),
-        "values": draw(b, t, v, seed=seed + 1, **options),
-    }
-    size = (max(t, 1) * k) ** -0.25
-    for n, name in enumerate(("q_gain", "q_bias", "k_gain", "k_bias"), start=2):
-        parameter = draw(h, k, seed=seed + n, dtype=wide, device=device)
-        inputs[name] = size * (parameter if name.endswith("bias") else 1 + 0.3 * parameter)
-    return inputs
-
-
 def _device_and_wide(options: dict[str, Any]) -> tuple[torch.device | str, torch.dtype]:
     dtype = options.get("dtype", torch.float32)
     return options.get("device", "cpu"), torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,11 +1,11 @@
 """The feed-forward part on Triton's kernels: their launch, their registration with torch, their derivative."""
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from chela.ops import row_products
 from chela.ops.dropout import scale, threshold
 from chela.ops.feed_forward import kernels, kernels_backward, widest
 from chela.ops.feed_forward.reference import EPS
@@ -20,46 +20,48 @@ class Tile(NamedTuple):
     """Columns of F at a time; a multiple of 64, as dropout wants."""
     warps: int
     stages: int
-    """Slices of the weights that are on their way at a time.
+    """Slices of the weights, or tiles of rows for the weights' gradients, that are on their way at a time.
 
     With dropout it is always one: what makes the masks takes the registers."""
 
 
 class Plan(NamedTuple):
-    """Tiles of both kernels."""
+    """Tiles of the three kernels."""
 
     forward: Tile
     row_gradients: Tile
+    weight_gradients: Tile
 
 
 # By the bytes of a number in the products and by the widest row they are for. Shared memory holds a tile of rows and
-# `stages` slices of both weights; registers a float32 tile of rows and its hidden columns.
+# `stages` slices of both weights; registers a float32 tile of rows, its hidden columns and, in the last, two matrices.
 PLANS = {
     2: {
-        64: Plan(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-        128: Plan(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-        256: Plan(Tile(64, 64, 4, 1), Tile(64, 64, 4, 1)),
+        64: Plan(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
+        128: Plan(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
+        256: Plan(Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 64, 8, 1)),
     },
     4: {
-        64: Plan(Tile(64, 64, 8, 1), Tile(64, 64, 8, 1)),
-        128: Plan(Tile(64, 64, 8, 1), Tile(64, 64, 8, 1)),
+        64: Plan(Tile(64, 64, 8, 1), Tile(64, 64, 8, 1), Tile(64, 64, 8, 1)),
+        128: Plan(Tile(64, 64, 8, 1), Tile(64, 64, 8, 1), Tile(64, 64, 8, 1)),
     },
 }
-# With a third matrix a slice of the weights is half as large again.
+# With a third matrix a slice of the weights is half as large again, and so are the gradients that registers hold: with
+# half as many rows at a time those spill nothing where whole tiles spilled 1.2 KB a thread.
 GATED_PLANS = {
     2: {
-        64: Plan(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-        128: Plan(Tile(64, 64, 4, 2), Tile(64, 64, 4, 1)),
-        256: Plan(Tile(64, 64, 8, 1), Tile(64, 64, 8, 1)),
+        64: Plan(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(32, 64, 8, 2)),
+        128: Plan(Tile(64, 64, 4, 2), Tile(64, 64, 4, 1), Tile(32, 64, 8, 2)),
+        256: Plan(Tile(64, 64, 8, 1), Tile(64, 64, 8, 1), Tile(32, 64, 8, 1)),
     },
     4: {
-        64: Plan(Tile(64, 64, 8, 1), Tile(64, 64, 8, 1)),
-        128: Plan(Tile(64, 64, 8, 1), Tile(64, 64, 8, 1)),
+        64: Plan(Tile(64, 64, 8, 1), Tile(64, 64, 8, 1), Tile(64, 64, 8, 1)),
+        128: Plan(Tile(64, 64, 8, 1), Tile(64, 64, 8, 1), Tile(32, 64, 8, 1)),
     },
 }
 # For GPUs with less shared memory than an H100; float32 products with a third matrix have no room there.
 TIGHT_PLANS = {
-    2: {64: PLANS[2][64], 128: Plan(Tile(64, 64, 8, 1), Tile(64, 64, 8, 1))},
+    2: {64: PLANS[2][64], 128: Plan(Tile(64, 64, 8, 1), Tile(64, 64, 8, 1), Tile(64, 64, 8, 1))},
     4: {64: PLANS[4][64]},
 }
 FOLD = 16
@@ -162,6 +164,7 @@ class _Launch:
         self.gains = {"GAIN": gain is not None, "GAIN_STEP": int(norm != "scale"), "SHIFT": shift is not None}
         self.norm = {"NORM": "rms" if norm == "scale" else norm, "EPS": EPS[norm]}
         self.drop = {"DROP": given.seed is not None}
+        self.programs = _programs(x.device)
         weights = x.new_empty(2 if w3 is None else 3, self.padded, self.block, dtype=dtype)
         biases = x.new_empty(2, self.padded, dtype=torch.float32)
         grid(kernels.fold, self.padded // FOLD)(
@@ -224,32 +227,25 @@ def _backward(dy: Tensor, x: Tensor, own: bool, *arguments: Any) -> tuple[Tensor
         xh, dz = (
             torch.empty_like(like, dtype=dtype) if write else like for like, write in zip((x, dy), writes, strict=True)
         )
-        products = 1 if given.w3 is None else 2  # behind the norm
-        wide = x.new_empty(products + 1, on.rows, on.padded, dtype=dtype)
-        dh, a, du = wide[0], wide[1], wide[-1]
         tile = on.plan.row_gradients
         grid(kernels_backward.row_gradients, on.tiles(tile))(
-            dx, xh, dz, dh, du, a, dy, x, *on.weights, dense(given.mean), dense(given.rstd),
-            on.drops[0], on.rows, *on.drops[1:],
+            dx, xh, dz, dy, x, *on.weights, dense(given.mean), dense(given.rstd), on.drops[0], on.rows, *on.drops[1:],
             OWN=own, WRITE_XH=writes[0], WRITE_DZ=writes[1], **on.norm, **on.sizes(tile),
         )  # fmt: skip
-        matrix = on.block * on.padded
-        how = row_products.cut(on.rows, on.d, dtype)
-        size = (products + 1) * matrix + products * on.padded + on.block
-        parts = x.new_empty(how.shares, size, dtype=torch.float32)
-        matrices = parts[:, : (products + 1) * matrix].unflatten(1, (products + 1, on.block, on.padded))
-        of_h, of_z = parts[:, (products + 1) * matrix :], parts[:, -on.block :]  # sums for the biases
-        xh, dz = xh.view(on.rows, on.d), dz.view(on.rows, on.d)
-        row_products.multiply(matrices[:, 0], xh, dh, how, right_sums=of_h)
-        row_products.multiply(matrices[:, 1], dz, a, how, left_sums=of_z)
-        if products == 2:
-            row_products.multiply(matrices[:, 2], xh, du, how, right_sums=of_h[:, on.padded :])
+        tile = on.plan.weight_gradients
+        slices = on.padded // tile.hidden
+        splits = min(on.tiles(tile), max(on.programs // slices, 1))
+        hidden = 1 if given.w3 is None else 2  # products behind the norm
+        size = ((hidden + 1) * on.padded + 1) * on.block + hidden * on.padded
+        parts = x.new_empty(splits, size, dtype=torch.float32)
+        grid(kernels_backward.weight_gradients, slices, splits)(
+            parts, xh, dz, *on.weights, on.drops[0], on.rows, splits, *on.drops[1:], **on.sizes(tile)
+        )
         # One gain for all channels has the sum of theirs as its gradient.
         gains = dgain.new_empty(on.d, dtype=torch.float32) if norm == "scale" else dgain
         grid(kernels_backward.sum_parts, on.d)(
             dw1, db1, dw2, db2, dw3, gains, dshift, dmean, drstd, parts,
-            given.w1.contiguous(), dense(given.w3), dense(given.gain), dense(given.shift), dense(given.rstd),
-            how.shares,
+            given.w1.contiguous(), dense(given.w3), dense(given.gain), dense(given.shift), dense(given.rstd), splits,
             D=on.d, F=on.f, PADDED=on.padded, BATCH=norm == "batch", BLOCK_D=on.block,
             BLOCK_F=power(on.f), BLOCK_S=max(SUM // power(on.f), 1), **on.gains, **on.gated,
         )  # fmt: skip
@@ -289,3 +285,9 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 torch.library.register_autograd("chela::feed_forward", _differentiate, setup_context=_save)
 torch.library.register_autograd("chela::feed_forward_backward", no_second_derivative("feed_forward"))
+
+
+@functools.cache
+def _programs(device: torch.device) -> int:
+    """Programs that run side by side; two where the kernels are interpreted."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

@@ -13,8 +13,9 @@ and for batch norm, whose statistics are given,
 
     dx = rstd dxh [+ dy]                    dmean = -rstd gain dshift       drstd = gain dgain / rstd
 
-One kernel recomputes h, which the forward pass does not keep, and gives dx and what the weights' gradients are products
-of: xh, dz, dh, a and du (`chela.ops.row_products`). The latter three, F wide, live as long as the backward pass.
+One kernel gives dx, xh and dz, and one the weights' gradients from the latter two: it walks with a slice of F over a
+share of the rows and keeps its part of G and dW2 in registers. Both recompute h and da, which costs less than the
+memory traffic of anything F wide.
 """
 
 import triton
@@ -57,9 +58,6 @@ def row_gradients(
     dx_ptr,  # [ROWS, D]
     xh_ptr,  # [ROWS, D] for the weights' gradients, in the products' type; x itself if it is not written
     dz_ptr,  # [ROWS, D], likewise; dy itself
-    dh_ptr,  # [ROWS, F], for the weights' gradients, in the products' type
-    du_ptr,  # [ROWS, F], GATED
-    a_ptr,  # [ROWS, F]
     dy_ptr,  # [ROWS, D]
     x_ptr,  # [ROWS, D]
     w1_ptr,  # folded
@@ -103,24 +101,18 @@ def row_gradients(
     tl.debug_barrier()  # what is loaded goes to matrix units through shared memory, what is computed does not
     xh_tile = tl.load(xh_ptr + at, mask=inside, other=0.0)
     dz_tile = tl.load(dz_ptr + at, mask=inside, other=0.0)
-    wide = row.to(tl.int64)[:, None] * F + tl.arange(0, BLOCK_F)[None, :]
-    there = (row < rows)[:, None]
     dxh = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for first in tl.range(0, F, BLOCK_F, num_stages=STAGES):
         w1 = slice_of(w1_ptr, first, BLOCK_F, BLOCK_D)
         w2 = slice_of(w2_ptr, first, BLOCK_F, BLOCK_D)
         w3 = slice_of(w3_ptr, first, BLOCK_F, BLOCK_D) if GATED else w1
-        dh, du, a = _hidden(
+        dh, du, _ = _hidden(
             xh_tile, dz_tile, w1, w2, w3, b1_ptr, b3_ptr, seed_ptr, row, first, threshold, scale,
             GATED, BOUNDED, DROP,
         )  # fmt: skip
-        dh, du = dh.to(w1.dtype), du.to(w1.dtype)
-        tl.store(dh_ptr + wide + first, dh, mask=there)
-        tl.store(a_ptr + wide + first, a.to(w1.dtype), mask=there)
-        dxh = tl.dot(dh, w1, dxh, input_precision="tf32x3")
+        dxh = tl.dot(dh.to(w1.dtype), w1, dxh, input_precision="tf32x3")
         if GATED:
-            tl.store(du_ptr + wide + first, du, mask=there)
-            dxh = tl.dot(du, w3, dxh, input_precision="tf32x3")
+            dxh = tl.dot(du.to(w3.dtype), w3, dxh, input_precision="tf32x3")
     dx = dxh
     if (NORM != "none") & (NORM != "batch"):
         xh = tl.load(xh_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -134,6 +126,77 @@ def row_gradients(
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit(do_not_specialize=["rows", "threshold", "splits"])
+def weight_gradients(
+    parts_ptr,  # [splits, SIZE] float32: this split's G, dW2 [, G3], each [BLOCK_D, F], db1 [, db3] [F], db2 [BLOCK_D]
+    xh_ptr,  # [ROWS, D]
+    dz_ptr,  # [ROWS, D]
+    w1_ptr,  # folded
+    b1_ptr,  # folded
+    w2_ptr,  # folded
+    w3_ptr,  # folded, GATED
+    b3_ptr,  # folded, GATED
+    seed_ptr,  # []
+    rows,
+    splits,
+    threshold,
+    scale,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    GATED: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    DROP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Gradients of a slice of F, summed over every `splits`-th tile of rows."""
+    first = tl.program_id(0) * BLOCK_F
+    split = tl.program_id(1)
+    w1 = slice_of(w1_ptr, first, BLOCK_F, BLOCK_D)
+    w2 = slice_of(w2_ptr, first, BLOCK_F, BLOCK_D)
+    w3 = slice_of(w3_ptr, first, BLOCK_F, BLOCK_D) if GATED else w1
+    g = tl.zeros([BLOCK_D, BLOCK_F], tl.float32)
+    dw2 = tl.zeros([BLOCK_D, BLOCK_F], tl.float32)
+    g3 = tl.zeros([BLOCK_D, BLOCK_F], tl.float32)
+    # Of the biases' gradients a thread keeps what its own rows add; threads meet after the loop.
+    db1 = tl.zeros([BLOCK_M // 16, 8, BLOCK_F], tl.float32)
+    db3 = tl.zeros([BLOCK_M // 16, 8, BLOCK_F], tl.float32)
+    db2 = tl.zeros([16, BLOCK_D], tl.float32)
+    for tile in tl.range(split, tl.cdiv(rows, BLOCK_M), splits, num_stages=STAGES):
+        row, at, inside = rows_of(tile, rows, BLOCK_M, BLOCK_D, D)
+        xh = tl.load(xh_ptr + at, mask=inside, other=0.0)
+        dz = tl.load(dz_ptr + at, mask=inside, other=0.0)
+        if first == 0:
+            db2 += tl.sum(tl.reshape(dz.to(tl.float32), [BLOCK_M // 16, 16, BLOCK_D]), axis=0)
+        dh, du, a = _hidden(
+            xh, dz, w1, w2, w3, b1_ptr, b3_ptr, seed_ptr, row, first, threshold, scale, GATED, BOUNDED, DROP
+        )
+        # Rows beyond the end have dz = 0 and so dh = du = 0.
+        db1 += tl.sum(tl.reshape(dh, [BLOCK_M // 16, 2, 8, BLOCK_F]), axis=1)
+        g = tl.dot(tl.trans(xh), dh.to(xh.dtype), g, input_precision="tf32x3")
+        dw2 = tl.dot(tl.trans(dz), a.to(dz.dtype), dw2, input_precision="tf32x3")
+        if GATED:
+            db3 += tl.sum(tl.reshape(du, [BLOCK_M // 16, 2, 8, BLOCK_F]), axis=1)
+            g3 = tl.dot(tl.trans(xh), du.to(xh.dtype), g3, input_precision="tf32x3")
+    f, d = first + tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_D)
+    MATRIX: tl.constexpr = BLOCK_D * F
+    HIDDEN: tl.constexpr = GATED + 1  # products behind the norm
+    SIZE: tl.constexpr = (HIDDEN + 1) * MATRIX + HIDDEN * F + BLOCK_D
+    part = parts_ptr + split.to(tl.int64) * SIZE
+    at = d[:, None] * F + f[None, :]
+    tl.store(part + at, g)
+    tl.store(part + MATRIX + at, dw2)
+    part += (HIDDEN + 1) * MATRIX
+    tl.store(part + f, tl.sum(tl.sum(db1, axis=0), axis=0))
+    if GATED:
+        tl.store(part - MATRIX + at, g3)
+        tl.store(part + F + f, tl.sum(tl.sum(db3, axis=0), axis=0))
+    if first == 0:
+        tl.store(part + HIDDEN * F + d, tl.sum(db2, axis=0))
+
+
 @triton.jit(do_not_specialize=["splits"])
 def sum_parts(
     dw1_ptr,  # [F, D]
@@ -145,7 +208,7 @@ def sum_parts(
     dshift_ptr,  # [D]
     dmean_ptr,  # [D]
     drstd_ptr,  # [D]
-    parts_ptr,  # [splits, SIZE] float32: a share's G, dW2 [, G3], each [BLOCK_D, F], db1 [, db3] [F], db2 [BLOCK_D]
+    parts_ptr,  # as `weight_gradients` left them, F padded
     w1_ptr,  # [F, D]
     w3_ptr,  # [F, D], GATED
     gain_ptr,  # [D], or [1] and GAIN_STEP = 0

@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from chela.ops import row_products
 from chela.ops.dropout import scale, threshold
-from chela.ops.gated_output import WIDEST, kernels, kernels_backward, moment_kernels, weight_kernels
+from chela.ops.gated_output import WIDEST, kernels, moment_kernels, weight_kernels
 from chela.ops.gated_output.reference import EPS, STREAM
-from chela.ops.launch import ceil, dense, grid, no_second_derivative, power, rows
+from chela.ops.launch import ceil, dense, grid, no_second_derivative, power, roomy, rows
 from chela.ops.moments import Moments
 
 
@@ -22,37 +21,37 @@ class Tile(NamedTuple):
 
     rows: int
     values: int
-    """Most columns of V at a time, where V is walked through. A head that fits needs one walk, a wider one two."""
+    """Most columns of V at a time. A head that fits is walked through once, a wider one twice."""
     warps: int
     stages: int
 
 
 class Plan(NamedTuple):
-    """Tiles of the kernels that walk through rows, in the order in which they run."""
+    """Tiles of the kernels that walk through rows."""
 
-    products: Tile
-    gate: Tile
-    """Forward and backward."""
-    values: Tile
+    forward: Tile
+    backward: Tile
+    weight: Tile
 
 
-# By the bytes of a number in the product and by the widest row they are for.
+# By the bytes of a number in the product and by the widest row they are for. Of 128 channels and 16 bits forward (with
+# dropout) and backward are the fastest of six and of nine tiles (docs/log.md); the others are not compared yet.
 PLANS = {
     2: {
-        64: Plan(Tile(64, 64, 4, 2), Tile(32, 0, 4, 1), Tile(64, 64, 4, 2)),
-        128: Plan(Tile(64, 64, 4, 2), Tile(16, 0, 8, 1), Tile(64, 64, 4, 2)),
-        256: Plan(Tile(32, 64, 8, 2), Tile(16, 0, 8, 1), Tile(64, 64, 8, 2)),
+        64: Plan(Tile(64, 64, 4, 2), Tile(32, 64, 4, 1), Tile(64, 128, 8, 3)),
+        128: Plan(Tile(64, 64, 4, 1), Tile(16, 128, 4, 2), Tile(64, 128, 8, 3)),
+        256: Plan(Tile(32, 64, 8, 2), Tile(32, 64, 8, 1), Tile(64, 64, 8, 3)),
     },
     4: {
-        64: Plan(Tile(32, 64, 4, 1), Tile(32, 0, 4, 1), Tile(32, 64, 4, 1)),
-        128: Plan(Tile(32, 64, 8, 1), Tile(16, 0, 4, 1), Tile(32, 64, 8, 1)),
-        256: Plan(Tile(16, 32, 8, 1), Tile(16, 0, 8, 1), Tile(16, 32, 8, 1)),
+        64: Plan(Tile(32, 64, 4, 1), Tile(32, 64, 4, 1), Tile(32, 64, 8, 2)),
+        128: Plan(Tile(32, 64, 8, 1), Tile(32, 64, 8, 1), Tile(32, 64, 8, 2)),
+        256: Plan(Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(32, 32, 8, 2)),
     },
 }
-TURNS = 4
-"""Times that a program takes the rows of a tile, where it adds something up over its rows."""
 FOLD = 1024
 """Entries of the weight that one program folds."""
+SHARES = 64
+"""Most parts that the rows are cut into for the weight's gradient."""
 COLUMNS = 8
 """Columns of V, or twice as many of D, whose sums over all parts one program makes: 32 bytes of float32."""
 SUM = 16384
@@ -86,8 +85,9 @@ def gated_output(
             "use impl='reference'"
         )
     leaves = (m, mixed, residual, weight, bias, gain)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
     rate = dropout if seed is not None else 0.0
-    y, of_y, *_ = torch.ops.chela.gated_output.default(*leaves, mask, seed, heads, rate, moments)
+    y, of_y, *_ = torch.ops.chela.gated_output.default(*leaves, mask, seed, heads, rate, moments, keep)
     return y, Moments(of_y[0], of_y[1], of_y[2, 0].detach()) if moments else None
 
 
@@ -99,7 +99,7 @@ _INPUTS = (
 _OPTIONS = "int heads, float dropout"
 torch.library.define(
     "chela::gated_output",
-    f"({_INPUTS}, {_OPTIONS}, bool moments) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({_INPUTS}, {_OPTIONS}, bool moments, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_TAG,
 )
 torch.library.define(
@@ -148,41 +148,39 @@ def _forward(
     heads: int,
     dropout: float,
     moments: bool,
+    keep: bool,
 ) -> tuple[Tensor, ...]:
     """Output, its moments [3, D] and, for the backward pass, the product, a single head's norm and the folded weight.
 
-    Moments are mean, variance and number of positions, empty if not asked for; so is the norm of several heads.
+    Moments are mean, variance and number of positions, empty if not asked for; so are the last three without `keep`.
     """
-    results = _forward_shapes(m, mixed, residual, weight, bias, gain, mask, seed, heads, dropout, moments)
+    results = _forward_shapes(m, mixed, residual, weight, bias, gain, mask, seed, heads, dropout, moments, keep)
     out, of_out, product, inverse, folded = results
     if not m.numel():
         of_out = of_out.copy_(of_out.new_tensor([0.0, 0.0, 1.0])[:, None]) if moments else of_out
         return out, of_out, product, inverse, folded
     on = _Sizes(m, weight, heads)
+    if not keep:
+        folded = m.new_empty(weight.shape)
     with torch.cuda.device_of(m):
         grid(weight_kernels.fold, ceil(on.d * on.v, FOLD))(
             folded, weight.contiguous(), dense(gain), D=on.d, V=on.v, NORM=gain is not None, BLOCK=FOLD
         )
+        tile = on.plan.forward
         m, mixed, residual = rows(m), rows(mixed), rows(residual)
-        tile = on.plan.products
-        grid(kernels.value_products, ceil(on.n, tile.rows))(
-            product, inverse, m, mixed, folded, seed, on.n, m.stride(0), mixed.stride(0), threshold(dropout),
-            NORM=gain is not None, DROPS=seed is not None, STREAM=STREAM, **on.constants(tile),
-        )  # fmt: skip
-        tile = on.plan.gate
-        programs = ceil(on.n, TURNS * tile.rows)
+        programs = ceil(on.n, tile.rows)
         parts = of_out.new_empty(programs, 3, on.d) if moments else of_out
-        grid(kernels.open_gate, programs)(
-            out, parts, product, mixed, residual, dense(bias), dense(mask),
-            on.n, mixed.stride(0), residual.stride(0), scale(dropout),
-            V=on.v, D=on.d, BM=tile.rows, BD=on.block, TURNS=TURNS, BIAS=bias is not None,
-            DROPS=seed is not None, MOMENTS=moments, MASKED=mask is not None, num_warps=tile.warps,
+        grid(kernels.gated_output_forward, programs)(
+            out, product, inverse, parts, m, mixed, residual, folded, dense(bias), dense(mask), seed,
+            on.n, m.stride(0), mixed.stride(0), residual.stride(0), threshold(dropout), scale(dropout),
+            NORM=gain is not None, BIAS=bias is not None, DROPS=seed is not None, KEEP=keep,
+            MOMENTS=moments, MASKED=mask is not None, STREAM=STREAM, **on.constants(tile),
         )  # fmt: skip
         if moments:
             grid(moment_kernels.merge, ceil(on.d, COLUMNS))(
                 of_out, parts, programs, D=on.d, BLOCK=SUM // (2 * COLUMNS), COLUMNS=COLUMNS, num_warps=8
             )
-    return out, of_out, product, inverse, folded
+    return out, of_out, product, inverse, folded if keep else m.new_empty(0)
 
 
 @torch.library.impl("chela::gated_output_backward", "default")
@@ -213,31 +211,32 @@ def _backward(
     if not m.numel():
         return tuple(result.zero_() for result in results)
     on = _Sizes(m, weight, heads)
-    tile = on.plan.gate
-    programs = ceil(on.n, TURNS * tile.rows)
+    tile = on.plan.backward
+    programs = ceil(on.n, tile.rows)
     bias_partial = m.new_empty(programs, on.d, dtype=torch.float32)
-    mean = m.new_empty(inverse.shape, dtype=torch.float32)
     u = torch.empty_like(dm)
     with torch.cuda.device_of(m):
         dy, m, mixed, residual = rows(dy), rows(m), rows(mixed), rows(residual)
-        grid(kernels_backward.gate_gradients, programs)(
-            dmixed, dresidual, mean, bias_partial, dy, dense(dmoments), moments.contiguous(), product.contiguous(),
-            mixed, residual, dense(bias), dense(mask), on.n, dy.stride(0), mixed.stride(0), residual.stride(0),
-            scale(dropout), V=on.v, D=on.d, BM=tile.rows, BD=on.block, TURNS=TURNS, MEAN=mean.numel() > 0,
-            BIAS=bias is not None, DROPS=seed is not None, MOMENTS=dmoments is not None, MASKED=mask is not None,
-            num_warps=tile.warps,
+        grid(kernels.gated_output_backward, programs)(
+            dm, dmixed, dresidual, u, bias_partial, dy, dense(dmoments), moments.contiguous(),
+            product.contiguous(), inverse, m, mixed, residual, folded, dense(bias), dense(mask),
+            on.n, dy.stride(0), m.stride(0), mixed.stride(0), residual.stride(0), scale(dropout),
+            NORM=gain is not None, BIAS=bias is not None, DROPS=seed is not None,
+            MOMENTS=dmoments is not None, MASKED=mask is not None, **on.constants(tile),
         )  # fmt: skip
-        tile = on.plan.values
-        grid(kernels_backward.value_gradients, ceil(on.n, tile.rows))(
-            dm, dmixed, u, m, mixed, folded, inverse, mean, on.n, m.stride(0), mixed.stride(0),
-            NORM=gain is not None, **on.constants(tile),
-        )  # fmt: skip
+        tile = on.plan.weight
+        share = ceil(ceil(on.n, SHARES), tile.rows) * tile.rows
+        shares = ceil(on.n, share)
+        columns = min(tile.values, max(16, power(on.v)))
+        partial = m.new_empty(shares, on.d, on.v, dtype=torch.float32)
         dpre = rows(dmixed)[:, on.v : on.v + on.d]
-        how = row_products.cut(on.n, on.d, m.dtype)
-        partial = m.new_empty(how.shares, on.d, on.v, dtype=torch.float32)
-        row_products.multiply(partial, dpre, rows(u), how)
+        grid(weight_kernels.multiply, shares, ceil(on.v, columns))(
+            partial, dpre, u, on.n, share, dpre.stride(0),
+            D=on.d, V=on.v, BM=tile.rows, BD=on.block, BV=columns,
+            STAGES=tile.stages if roomy(m.device) else min(tile.stages, 2), num_warps=tile.warps,
+        )  # fmt: skip
         grid(weight_kernels.finish, ceil(on.v, COLUMNS) + ceil(on.d, 2 * COLUMNS))(
-            dweight, dgain, dbias, partial, bias_partial, weight.contiguous(), dense(gain), how.shares, programs,
+            dweight, dgain, dbias, partial, bias_partial, weight.contiguous(), dense(gain), shares, programs,
             D=on.d, V=on.v, NORM=gain is not None, BIAS=bias is not None, BD=on.block, BV=COLUMNS,
             SHARES=SUM // (on.block * COLUMNS), BLOCK=SUM // (2 * COLUMNS), COLUMNS=2 * COLUMNS, num_warps=8,
         )  # fmt: skip
@@ -257,10 +256,11 @@ def _forward_shapes(
     heads: int,
     dropout: float,
     moments: bool,
+    keep: bool,
 ) -> tuple[Tensor, ...]:
     of_out = m.new_empty((3, weight.shape[0]) if moments else (0,), dtype=torch.float32)
-    product, folded = (m.new_empty(like.shape) for like in (residual, weight))
-    inverse = m.new_empty(m.shape[:-1] if gain is not None and heads == 1 else (0,), dtype=torch.float32)
+    product, folded = (m.new_empty(like.shape if keep else (0,)) for like in (residual, weight))
+    inverse = m.new_empty(m.shape[:-1] if keep and gain is not None and heads == 1 else (0,), dtype=torch.float32)
     return residual.new_empty(residual.shape), of_out, product, inverse, folded
 
 
@@ -288,7 +288,7 @@ def _backward_shapes(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.heads, ctx.dropout, ctx.moments = inputs
+    *tensors, ctx.heads, ctx.dropout, ctx.moments, _ = inputs
     ctx.save_for_backward(*output[1:], *tensors)
     ctx.set_materialize_grads(False)
 
@@ -300,13 +300,13 @@ def _differentiate(
     leaves = m, mixed, residual, weight, bias, gain
     dmoments = dmoments if ctx.moments else None
     if dy is None and dmoments is None:
-        return (None,) * (len(leaves) + 5)
+        return (None,) * (len(leaves) + 6)
     dy = torch.zeros_like(residual) if dy is None else dy
     gradients = torch.ops.chela.gated_output_backward.default(
         dy, dmoments, *kept, *leaves, mask, seed, ctx.heads, ctx.dropout
     )
     given = (None if like is None else gradient for like, gradient in zip(leaves, gradients, strict=True))
-    return *given, None, None, None, None, None
+    return *given, None, None, None, None, None, None
 
 
 torch.library.register_autograd("chela::gated_output", _differentiate, setup_context=_save)

@@ -1,23 +1,26 @@
-"""Triton kernels of the gated output: forward, first over the V columns of its rows, then over their D columns.
+"""Triton kernels of the gated output: forward and backward over its rows.
 
 Shapes: N rows, H heads of width HV (V = H HV), D model width. A program has BM rows, all D columns (BD >= D of them
-in a tile, with a mask), and walks through the values of a head in chunks of BC; where a head is wider than a chunk,
-sums over it need a walk of their own. The weight comes folded: F = `gain W_o`, in the dtype of the products, so that
-u = silu(gate) norm(m) everywhere (`weight_kernels`). The number of rows is never a constant of a kernel.
+in a tile, with a mask), and walks through the values of a head in chunks of BC. The weight comes folded: `gain W_o`,
+in the dtype of the products, so that u = silu(gate) norm(m) everywhere (`weight_kernels`). The number of rows is never
+a constant of a kernel.
 
-Two kernels instead of one, here and in `kernels_backward`: what both hold at once leaves a processor too few programs
-to hide the memory's latency. Dropout is drawn where a matrix unit's layout of the rows has the bits at hand.
+Where a head is wider than a chunk, sums over it need a walk of their own, but for those of a single head in the
+backward pass: the forward pass keeps the norm's inverse root, and of dnorm = F^T dpre silu(gate) the sum that the
+norm's derivative needs is, without a look at the values,
+
+    sum over V of dnorm norm(m) = dpre . F u = dpre . product
 """
 
 import triton
 import triton.language as tl
 
 from chela.ops.dropout_kernels import keep
-from chela.ops.gated_output.moment_kernels import add_up, counted
+from chela.ops.gated_output.moment_kernels import add_up, counted, of_moments
 
 
 @triton.jit
-def load_values(x_rows, column, there, HV: tl.constexpr, BC: tl.constexpr):
+def _values(x_rows, column, there, HV: tl.constexpr, BC: tl.constexpr):
     """A head's columns `column : column + BC` of rows of m or gate [BM, BC], zero outside."""
     v = tl.arange(0, BC)
     inside = there
@@ -27,8 +30,8 @@ def load_values(x_rows, column, there, HV: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
-def load_weight(weight_ptr, column, D: tl.constexpr, HV: tl.constexpr, V: tl.constexpr, BD: tl.constexpr,
-                BC: tl.constexpr):  # fmt: skip
+def _weight(weight_ptr, column, D: tl.constexpr, HV: tl.constexpr, V: tl.constexpr, BD: tl.constexpr,
+            BC: tl.constexpr):  # fmt: skip
     """The same columns of the folded weight [BD, BC]."""
     d, v = tl.arange(0, BD)[:, None], tl.arange(0, BC)[None, :]
     pointer = weight_ptr + d * V + (column + v)
@@ -38,17 +41,24 @@ def load_weight(weight_ptr, column, D: tl.constexpr, HV: tl.constexpr, V: tl.con
 
 
 @triton.jit(do_not_specialize=["n"])
-def value_products(
-    product_ptr,  # [N, D]: F u; -inf where dropout strikes
-    inverse_ptr,  # [N] float32: a single head's 1 / root mean square, kept for the backward pass
+def gated_output_forward(
+    y_ptr,  # [N, D]
+    product_ptr,  # [N, D]: F u, kept for the backward pass; -inf where dropout strikes
+    inverse_ptr,  # [N] float32: a single head's 1 / root mean square, kept likewise
+    parts_ptr,  # [programs, 3, D] float32: each program's share of the output's moments
     m_ptr,  # [N, V], rows m_row apart
     mixed_ptr,  # [N, V + 2D], rows mixed_row apart: gate, h, p
+    residual_ptr,  # [N, D], rows residual_row apart
     weight_ptr,  # [D, V], folded
+    bias_ptr,  # [D]
+    mask_ptr,  # [N], which rows count for the moments
     seed_ptr,  # []
     n,
     m_row,
     mixed_row,
+    residual_row,
     threshold,
+    scale,
     H: tl.constexpr,
     HV: tl.constexpr,
     D: tl.constexpr,
@@ -58,113 +68,177 @@ def value_products(
     EPS: tl.constexpr,
     STREAM: tl.constexpr,
     NORM: tl.constexpr,
+    BIAS: tl.constexpr,
     DROPS: tl.constexpr,
+    KEEP: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    MASKED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Products of u = silu(gate) norm(m) and the weight."""
+    """Output: residual + sigmoid(p) (dropout(silu(h + u W^T + b)) - residual)."""
     V: tl.constexpr = H * HV
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     d = tl.arange(0, BD)
     there = (row < n)[:, None]
+    narrow = there & (d < D)[None, :]
     m_rows = m_ptr + (row * m_row)[:, None]
     mixed_rows = mixed_ptr + (row * mixed_row)[:, None]
+
     product = tl.zeros([BM, BD], tl.float32)
     for head in range(H):
         if NORM & (BC < HV):
             squares = tl.zeros([BM], tl.float32)
             for column in tl.range(head * HV, (head + 1) * HV, BC, num_stages=STAGES):
-                m = load_values(m_rows, column, there, HV, BC).to(tl.float32)
+                m = _values(m_rows, column, there, HV, BC).to(tl.float32)
                 squares += tl.sum(m * m, axis=1)
             inverse = tl.rsqrt(squares / HV + EPS)[:, None]
-            if H == 1:
+            if KEEP & (H == 1):
                 tl.store(inverse_ptr + row[:, None], inverse, mask=there)
         for column in tl.range(head * HV, (head + 1) * HV, BC, num_stages=STAGES):
-            m = load_values(m_rows, column, there, HV, BC).to(tl.float32)
-            gate = load_values(mixed_rows, column, there, HV, BC).to(tl.float32)
-            weight = load_weight(weight_ptr, column, D, HV, V, BD, BC)
+            m = _values(m_rows, column, there, HV, BC).to(tl.float32)
+            gate = _values(mixed_rows, column, there, HV, BC).to(tl.float32)
+            weight = _weight(weight_ptr, column, D, HV, V, BD, BC)
+            if NORM & (BC >= HV):
+                inverse = tl.rsqrt(tl.sum(m * m, axis=1) / HV + EPS)[:, None]
+                if KEEP & (H == 1):
+                    tl.store(inverse_ptr + row[:, None], inverse, mask=there)
             u = m * gate * tl.sigmoid(gate)
             if NORM:
-                if BC >= HV:
-                    inverse = tl.rsqrt(tl.sum(m * m, axis=1) / HV + EPS)[:, None]
-                    if H == 1:
-                        tl.store(inverse_ptr + row[:, None], inverse, mask=there)
                 u *= inverse
             product = tl.dot(u.to(weight.dtype), tl.trans(weight), product, input_precision="tf32x3")  # [BM, BD]
+
+    pre = product + tl.load(mixed_rows + (V + d)[None, :], mask=narrow, other=0.0).to(tl.float32)
+    if BIAS:
+        pre += tl.load(bias_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    p = tl.load(mixed_rows + (V + D + d)[None, :], mask=narrow, other=0.0).to(tl.float32)
+    residual = tl.load(residual_ptr + (row * residual_row)[:, None] + d[None, :], mask=narrow, other=0.0)
+    residual = residual.to(tl.float32)
+    at = (row * D)[:, None] + d[None, :]
+    a = pre * tl.sigmoid(pre)
     if DROPS:
         kept = keep(tl.load(seed_ptr), row, 0, threshold, STREAM, BD)
+        a = tl.where(kept, a * scale, 0.0)
         product = tl.where(kept, product, float("-inf"))
-    to = product_ptr + (row * D)[:, None] + d[None, :]
-    tl.store(to, product.to(product_ptr.dtype.element_ty), mask=there & (d < D)[None, :])
-
-
-@triton.jit
-def before_silu(product_rows, h_rows, bias, there, DROPS: tl.constexpr):
-    """What SiLU is taken of [BM, BD] in float32, zero where dropped; the product likewise; what is kept."""
-    product = tl.load(product_rows, mask=there, other=0.0).to(tl.float32)
-    kept = there
-    if DROPS:
-        kept = product > float("-inf")
-        product = tl.where(kept, product, 0.0)
-    pre = product + tl.load(h_rows, mask=there, other=0.0).to(tl.float32) + bias
-    return pre, product, kept
-
-
-@triton.jit
-def load_bias(bias_ptr, D: tl.constexpr, BD: tl.constexpr, BIAS: tl.constexpr):
-    """[1, BD] in float32, zero if there is none."""
-    d = tl.arange(0, BD)
-    bias = tl.zeros([BD], tl.float32)
-    if BIAS:
-        bias += tl.load(bias_ptr + d, mask=d < D, other=0.0).to(tl.float32)
-    return bias[None, :]
+    if KEEP:
+        tl.store(product_ptr + at, product.to(product_ptr.dtype.element_ty), mask=narrow)
+    y = (residual + tl.sigmoid(p) * (a - residual)).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + at, y, mask=narrow)
+    if MOMENTS:
+        counts = counted(mask_ptr, row, n, MASKED)
+        add_up(parts_ptr + tl.program_id(0).to(tl.int64) * (3 * D), y.to(tl.float32), counts, D, BD)
 
 
 @triton.jit(do_not_specialize=["n"])
-def open_gate(
-    y_ptr,  # [N, D]
-    parts_ptr,  # [programs, 3, D] float32: each program's share of the output's moments
-    product_ptr,  # [N, D]
-    mixed_ptr,  # [N, V + 2D], rows mixed_row apart: gate, h, p
+def gated_output_backward(
+    dm_ptr,  # [N, V]
+    dmixed_ptr,  # [N, V + 2D]
+    dresidual_ptr,  # [N, D]
+    u_ptr,  # [N, V]
+    partial_ptr,  # [programs, D] float32: each program's share of the bias's gradient
+    dy_ptr,  # [N, D], rows dy_row apart
+    dmoments_ptr,  # [2 or more, D] float32: gradients of mean and variance of the output
+    moments_ptr,  # [3, D] float32
+    product_ptr,  # [N, D], as the forward pass left it
+    inverse_ptr,  # [N] float32, likewise
+    m_ptr,  # [N, V], rows m_row apart
+    mixed_ptr,  # [N, V + 2D], rows mixed_row apart
     residual_ptr,  # [N, D], rows residual_row apart
+    weight_ptr,  # [D, V], folded
     bias_ptr,  # [D]
-    mask_ptr,  # [N], which rows count for the moments
+    mask_ptr,  # [N]
     n,
+    dy_row,
+    m_row,
     mixed_row,
     residual_row,
     scale,
-    V: tl.constexpr,
+    H: tl.constexpr,
+    HV: tl.constexpr,
     D: tl.constexpr,
     BM: tl.constexpr,
+    BC: tl.constexpr,
     BD: tl.constexpr,
-    TURNS: tl.constexpr,
+    EPS: tl.constexpr,
+    NORM: tl.constexpr,
     BIAS: tl.constexpr,
     DROPS: tl.constexpr,
     MOMENTS: tl.constexpr,
     MASKED: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """Output: residual + sigmoid(p) (dropout(silu(h + F u + b)) - residual), BM rows in each turn."""
+    """Gradients of m, mixed and residual; u for the weight's gradient, and the bias's shares."""
+    V: tl.constexpr = H * HV
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     d = tl.arange(0, BD)
-    bias = load_bias(bias_ptr, D, BD, BIAS)
-    number, mean, squares = tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32)
-    for turn in range(TURNS):
-        row = (tl.program_id(0).to(tl.int64) * TURNS + turn) * BM + tl.arange(0, BM)
-        there = (row < n)[:, None] & (d < D)[None, :]
-        at = (row * D)[:, None] + d[None, :]
-        h_rows = mixed_ptr + (row * mixed_row)[:, None] + (V + d)[None, :]
-        pre, _, kept = before_silu(product_ptr + at, h_rows, bias, there, DROPS)
-        p = tl.load(h_rows + D, mask=there, other=0.0).to(tl.float32)
-        residual = tl.load(residual_ptr + (row * residual_row)[:, None] + d[None, :], mask=there, other=0.0)
-        residual = residual.to(tl.float32)
-        a = pre * tl.sigmoid(pre)
-        if DROPS:
-            a = tl.where(kept, a * scale, 0.0)
-        y = (residual + tl.sigmoid(p) * (a - residual)).to(y_ptr.dtype.element_ty)
-        tl.store(y_ptr + at, y, mask=there)
-        if MOMENTS:
-            counts = counted(mask_ptr, row, n, MASKED)
-            number, mean, squares = add_up(number, mean, squares, y.to(tl.float32), counts)
+    there = (row < n)[:, None]
+    narrow = there & (d < D)[None, :]
+    at = (row * D)[:, None] + d[None, :]
+    m_rows = m_ptr + (row * m_row)[:, None]
+    mixed_rows = mixed_ptr + (row * mixed_row)[:, None]
+    dm_rows, u_rows = dm_ptr + (row * V)[:, None], u_ptr + (row * V)[:, None]
+    dmixed_rows = dmixed_ptr + (row * (V + 2 * D))[:, None]
+    dtype: tl.constexpr = m_ptr.dtype.element_ty
+
+    dy = tl.load(dy_ptr + (row * dy_row)[:, None] + d[None, :], mask=narrow, other=0.0).to(tl.float32)
+    p = tl.load(mixed_rows + (V + D + d)[None, :], mask=narrow, other=0.0).to(tl.float32)
+    product = tl.load(product_ptr + at, mask=narrow, other=0.0).to(tl.float32)
+    if DROPS:
+        kept = product > float("-inf")
+        product = tl.where(kept, product, 0.0)
+    pre = product + tl.load(mixed_rows + (V + d)[None, :], mask=narrow, other=0.0).to(tl.float32)
+    if BIAS:
+        pre += tl.load(bias_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    residual = tl.load(residual_ptr + (row * residual_row)[:, None] + d[None, :], mask=narrow, other=0.0)
+    residual = residual.to(tl.float32)
+    mix, open_pre = tl.sigmoid(p), tl.sigmoid(pre)
+    a = pre * open_pre
+    if DROPS:
+        a = tl.where(kept, a * scale, 0.0)
     if MOMENTS:
-        part = parts_ptr + tl.program_id(0).to(tl.int64) * (3 * D) + d
-        tl.store(part, mean, mask=d < D)
-        tl.store(part + D, squares, mask=d < D)
-        tl.store(part + 2 * D, number, mask=d < D)
+        y = residual + mix * (a - residual)
+        dy += of_moments(dmoments_ptr, moments_ptr, y, counted(mask_ptr, row, n, MASKED), D, BD)
+    tl.store(dresidual_ptr + at, (dy * (1 - mix)).to(dresidual_ptr.dtype.element_ty), mask=narrow)
+    dpre = dy * mix * open_pre * (1 + pre * (1 - open_pre))
+    if DROPS:
+        dpre = tl.where(kept, dpre * scale, 0.0)
+    dp = dy * (a - residual) * mix * (1 - mix)
+    tl.store(dmixed_rows + (V + D + d)[None, :], dp.to(dtype), mask=narrow)
+    tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * D + d, tl.sum(dpre, axis=0), mask=d < D)
+    dpre = dpre.to(dtype)
+    tl.store(dmixed_rows + (V + d)[None, :], dpre, mask=narrow)
+
+    if NORM & (H == 1):
+        inverse = tl.load(inverse_ptr + row[:, None], mask=there, other=0.0)
+        mean = tl.sum(dpre.to(tl.float32) * product, axis=1)[:, None] / HV  # of dnorm norm
+    for head in range(H):
+        if NORM & (H > 1) & (BC < HV):
+            squares, total = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
+            for column in tl.range(head * HV, (head + 1) * HV, BC, num_stages=STAGES):
+                m = _values(m_rows, column, there, HV, BC).to(tl.float32)
+                gate = _values(mixed_rows, column, there, HV, BC).to(tl.float32)
+                weight = _weight(weight_ptr, column, D, HV, V, BD, BC)
+                du = tl.dot(dpre, weight, input_precision="tf32x3")  # [BM, BC]
+                squares += tl.sum(m * m, axis=1)
+                total += tl.sum(du * m * gate * tl.sigmoid(gate), axis=1)
+            inverse = tl.rsqrt(squares / HV + EPS)[:, None]
+            mean = inverse * total[:, None] / HV  # of dnorm norm
+        for column in tl.range(head * HV, (head + 1) * HV, BC, num_stages=STAGES):
+            m = _values(m_rows, column, there, HV, BC).to(tl.float32)
+            gate = _values(mixed_rows, column, there, HV, BC).to(tl.float32)
+            weight = _weight(weight_ptr, column, D, HV, V, BD, BC)
+            du = tl.dot(dpre, weight, input_precision="tf32x3")  # [BM, BC]
+            open = tl.sigmoid(gate)
+            dm = du * gate * open
+            if NORM:
+                if (H > 1) & (BC >= HV):
+                    inverse = tl.rsqrt(tl.sum(m * m, axis=1) / HV + EPS)[:, None]
+                    mean = inverse * tl.sum(dm * m, axis=1)[:, None] / HV
+                m *= inverse
+                dm = inverse * (dm - m * mean)
+            dgate = du * m * open * (1 + gate * (1 - open))
+            u = m * gate * open
+            v = column + tl.arange(0, BC)
+            inside = there & (v < (head + 1) * HV)[None, :]
+            tl.store(u_rows + v[None, :], u.to(dtype), mask=inside)
+            tl.store(dmixed_rows + v[None, :], dgate.to(dtype), mask=inside)
+            tl.store(dm_rows + v[None, :], dm.to(dtype), mask=inside)

@@ -1,6 +1,6 @@
 """Moments of the output's channels in Triton: each program's share, their merging, and what their gradients add to dy.
 
-The mean of some rows is subtracted before they are squared; shares are merged as Chan, Golub and LeVeque (1979) do:
+A program subtracts the mean of its own rows before it squares; shares are merged as Chan, Golub and LeVeque (1979) do:
 
     mean = sum_p n_p mean_p / n             n variance = sum_p (squares_p + n_p (mean_p - mean)^2)
 """
@@ -19,15 +19,15 @@ def counted(mask_ptr, row, n, MASKED: tl.constexpr):
 
 
 @triton.jit
-def add_up(number, mean, squares, y, counts):
-    """Add rows y [BM, BD] to a program's number of rows, means and sums of squares around them, each [BD]."""
-    more = tl.sum(counts.to(tl.float32), axis=0)
-    own = tl.sum(tl.where(counts[:, None], y, 0.0), axis=0) / tl.maximum(more, 1.0)
-    off = tl.where(counts[:, None], y - own[None, :], 0.0)
-    apart = own - mean
-    share = more / tl.maximum(number + more, 1.0)
-    squares += tl.sum(off * off, axis=0) + apart * apart * number * share
-    return number + more, mean + apart * share, squares
+def add_up(part_ptr, y, counts, D: tl.constexpr, BD: tl.constexpr):
+    """Store a program's means, sums of squares around them and number of rows [3, D]; y [BM, BD] float32."""
+    d = tl.arange(0, BD)
+    number = tl.sum(counts.to(tl.float32), axis=0)
+    mean = tl.sum(tl.where(counts[:, None], y, 0.0), axis=0) / tl.maximum(number, 1.0)
+    off = tl.where(counts[:, None], y - mean[None, :], 0.0)
+    tl.store(part_ptr + d, mean, mask=d < D)
+    tl.store(part_ptr + D + d, tl.sum(off * off, axis=0), mask=d < D)
+    tl.store(part_ptr + 2 * D + d, tl.zeros([BD], tl.float32) + number, mask=d < D)
 
 
 @triton.jit(do_not_specialize=["parts"])

@@ -27,6 +27,38 @@ def fold(
     tl.store(folded_ptr + at, weight.to(folded_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit(do_not_specialize=["n", "share"])
+def multiply(
+    partial_ptr,  # [shares, D, V] float32
+    dpre_ptr,  # [N, D], rows dpre_row apart
+    u_ptr,  # [N, V]
+    n,
+    share,
+    dpre_row,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    BM: tl.constexpr,
+    BD: tl.constexpr,
+    BV: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """dF, summed over a share of the rows: a program has BV of the V columns."""
+    begin = tl.program_id(0) * share
+    end = tl.minimum(begin + share, n)
+    d = tl.arange(0, BD)
+    v = tl.program_id(1) * BV + tl.arange(0, BV)
+    total = tl.zeros([BD, BV], tl.float32)
+    for first in tl.range(begin, end, BM, num_stages=STAGES):
+        row = first + tl.arange(0, BM)
+        there = (row < end)[:, None]
+        row = row.to(tl.int64)[:, None]
+        dpre = tl.load(dpre_ptr + row * dpre_row + d[None, :], mask=there & (d < D)[None, :], other=0.0)
+        u = tl.load(u_ptr + row * V + v[None, :], mask=there & (v < V)[None, :], other=0.0)
+        total = tl.dot(tl.trans(dpre), u, total, input_precision="tf32x3")  # [BD, BV]
+    at = (tl.program_id(0) * D + d)[:, None] * V + v[None, :]
+    tl.store(partial_ptr + at, total, mask=(d < D)[:, None] & (v < V)[None, :])
+
+
 @triton.jit
 def _finish_weight(
     dweight_ptr, dgain_ptr, partial_ptr, weight_ptr, gain_ptr, first_column, shares,
