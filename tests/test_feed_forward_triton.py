@@ -36,15 +36,14 @@ KINDS = pytest.mark.parametrize(("gated", "bounded"), [(False, False), (True, Fa
 
 
 @KINDS
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("rate", [0.0, 0.2])
+@pytest.mark.parametrize(("rate", "residual"), [(0.0, True), (0.2, False)])
 @pytest.mark.parametrize("norm", NORMS)
 def test_values_and_gradients_are_within_the_budget(norm, rate, residual, gated, bounded, nan_memory):
-    check(inputs_of(3, 67, d=24, f=80, norm=norm, residual=residual, gated=gated), norm, rate, bounded=bounded)
+    check(inputs_of(2, 37, d=24, f=80, norm=norm, residual=residual, gated=gated), norm, rate, bounded=bounded)
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("rows", [1, 2, TILE - 1, TILE, TILE + 1, 2 * TILE, 5 * TILE + 3])
+@pytest.mark.parametrize("rows", [1, TILE - 1, TILE, TILE + 1, 3 * TILE + 3])
 def test_any_number_of_rows(rows, gated, nan_memory):
     check(inputs_of(rows, d=10, f=12, gated=gated), "layer", 0.1)
 
@@ -56,20 +55,19 @@ def test_any_width(d, f, gated, nan_memory):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("rate", [0.0, 0.2])
+@pytest.mark.parametrize(("rate", "residual"), [(0.0, False), (0.2, True)])
 @KINDS
 @pytest.mark.parametrize("norm", NORMS)
-def test_low_precision_is_within_the_budget(norm, gated, bounded, rate, dtype, nan_memory):
-    for residual in (False,) if gated else (False, True):
-        inputs = inputs_of(3, 67, d=24, f=80, norm=norm, gated=gated, residual=residual, dtype=dtype)
-        check(inputs, norm, rate, bounded=bounded)
+def test_low_precision_is_within_the_budget(norm, gated, bounded, rate, residual, dtype, nan_memory):
+    inputs = inputs_of(3, 67, d=24, f=80, norm=norm, gated=gated, residual=residual, dtype=dtype)
+    check(inputs, norm, rate, bounded=bounded)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(("d", "f"), [(64, 128), (128, 256), (160, 300), (256, 512)])
 def test_low_precision_at_the_widths_of_the_plans(d, f, gated, dtype, nan_memory):
-    check(inputs_of(133, d=d, f=f, gated=gated, dtype=dtype), "layer", 0.1)
+    check(inputs_of(70, d=d, f=f, gated=gated, dtype=dtype), "layer", 0.1)
 
 
 @pytest.mark.gpu

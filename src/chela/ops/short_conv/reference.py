@@ -62,6 +62,20 @@ def taps(
     return out if bias is None else out + bias
 
 
+def stepwise(
+    padded: Float[Tensor, "b t_plus_w_minus_1 d"], weight: Float[Tensor, "d w"], bias: Float[Tensor, " d"] | None
+) -> Float[Tensor, "b t d"]:
+    """The definition, one step after the other.
+
+    So are sums over time for the gradients, as in a library's convolution on some processors: what that may be off in
+    float32, this is.
+    """
+    width = weight.shape[1]
+    windows = (padded[:, t : t + width].mT for t in range(padded.shape[1] - (width - 1)))
+    out = torch.stack([(weight * window).sum(2) for window in windows], dim=1)
+    return out if bias is None else out + bias
+
+
 def grouped(
     padded: Float[Tensor, "b t_plus_w_minus_1 d"], weight: Float[Tensor, "d w"], bias: Float[Tensor, " d"] | None
 ) -> Float[Tensor, "b t d"]:
