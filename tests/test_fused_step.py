@@ -73,7 +73,7 @@ def budget(plain: torch.Tensor, exact: torch.Tensor, eps: float) -> float:
     return 2 * (float((plain - exact).abs().max()) + eps * float(exact.abs().max()))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
 @torch.no_grad()
 def test_it_gives_the_logits_of_the_whole_forward(config, dtype, nan_memory):
