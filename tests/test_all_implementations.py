@@ -16,7 +16,9 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, *(pytest.param(low, marks=pytest.mark.gpu) for low in (torch.float16, torch.bfloat16))]
+)
 @pytest.mark.parametrize("steps", ["triton", "reference"])
 @pytest.mark.parametrize("prefill", ["triton", "reference"])
 @torch.no_grad()

@@ -100,7 +100,7 @@ def test_several_tiles_in_time_and_channels(length, causal, nan_memory):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("width", "lengths"), [(5, (3, 15, 16, 17)), (7, (6, 33)), (31, (7, 65)), (32, (40,))])
+@pytest.mark.parametrize(("width", "lengths"), [(5, (3, 15, 16, 17)), (7, (6, 33)), (31, (7, 63, 65)), (32, (40, 64))])
 def test_wide_kernels(width, lengths, causal, nan_memory):
     for length in lengths:
         check(inputs_of(1, length, 5, width, state=causal), activation="silu", causal=causal)

@@ -49,8 +49,8 @@ def pretend(capability: int = 90) -> None:
     driver.set_active(Absent())  # pyrefly: ignore
     modules = {name: importlib.import_module(f"chela.ops.{name}") for name in MODULES}
     os.environ["TRITON_INTERPRET"] = "1"  # read by `resolve`; Triton has read it before
-    modules["feed_forward.fused"]._programs = lambda device: 132  # pyrefly: ignore
     modules["linear_attention.plan"].multiprocessors = lambda device: 132  # pyrefly: ignore
+    modules["feed_forward.fused"]._programs = lambda device: 132  # pyrefly: ignore
     impl = importlib.import_module("chela.ops.impl")
     importlib.import_module("chela.training")
     plain, roomy = impl.resolve, importlib.import_module("chela.ops.launch").roomy

@@ -27,7 +27,7 @@ from chela.ops.impl import Impl
 from chela.ops.linear_attention.reference import quadratic
 from chela.ops.long_conv.online import OnlineState
 from chela.ops.random_inputs import draw, linear_attention_inputs, long_conv_inputs, short_conv_inputs
-from chela.ops.short_conv.reference import stepwise, taps
+from chela.ops.short_conv import reference
 
 IMPLS: tuple[Impl, ...] = ("triton", "reference")
 
@@ -106,17 +106,11 @@ def _fft(x: Tensor, kernel: Tensor) -> Tensor:
     return torch.fft.irfft(spectrum, n=size)[..., : x.shape[2]].to(x.dtype)
 
 
-def _short_conv(x: Tensor, weight: Tensor) -> Tensor:
-    """With sums over time one step after another in float32, as a library's may be."""
-    form = stepwise if x.dtype == torch.float32 else taps
-    return F.silu(form(F.pad(x, (0, 0, weight.shape[1] - 1, 0)), weight.to(x.dtype), None))
-
-
 SHORT = Suite(
     op="short-conv",
     uses=("short_conv",),
     make=lambda s, **options: short_conv_inputs(s["B"], s["T"], s["D"], s["W"], bias=False, **options),
-    plain=_short_conv,
+    plain=lambda x, weight: F.silu(reference.plain(F.pad(x, (0, 0, weight.shape[1] - 1, 0)), weight, None)),
     contenders=(
         *_ours(lambda x, weight, impl: short_conv(x, weight, activation="silu", impl=impl)[0]),
         Contender(

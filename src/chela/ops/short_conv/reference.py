@@ -76,6 +76,17 @@ def stepwise(
     return out if bias is None else out + bias
 
 
+def plain(
+    padded: Float[Tensor, "b t_plus_w_minus_1 d"], weight: Float[Tensor, "d w"], bias: Float[Tensor, " d"] | None
+) -> Float[Tensor, "b t d"]:
+    """The form whose error says what an implementation may have (`chela.ops.testing`), in the dtype of `padded`.
+
+    In float32 that is `stepwise`, since how a library sums there depends on the processor; elsewhere `taps`.
+    """
+    form = stepwise if padded.dtype == torch.float32 else taps
+    return form(padded, weight.to(padded.dtype), None if bias is None else bias.to(padded.dtype))
+
+
 def grouped(
     padded: Float[Tensor, "b t_plus_w_minus_1 d"], weight: Float[Tensor, "d w"], bias: Float[Tensor, " d"] | None
 ) -> Float[Tensor, "b t d"]:
