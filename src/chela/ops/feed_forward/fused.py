@@ -228,8 +228,10 @@ def _backward(dy: Tensor, x: Tensor, own: bool, *arguments: Any) -> tuple[Tensor
             torch.empty_like(like, dtype=dtype) if write else like for like, write in zip((x, dy), writes, strict=True)
         )
         tile = on.plan.row_gradients
+        bits = x.new_empty(on.rows if given.seed is not None else 0, on.block // 8, dtype=torch.uint8)
         grid(kernels_backward.row_gradients, on.tiles(tile))(
-            dx, xh, dz, dy, x, *on.weights, dense(given.mean), dense(given.rstd), on.drops[0], on.rows, *on.drops[1:],
+            dx, xh, dz, bits, dy, x, *on.weights, dense(given.mean), dense(given.rstd),
+            on.drops[0], on.rows, *on.drops[1:],
             OWN=own, WRITE_XH=writes[0], WRITE_DZ=writes[1], **on.norm, **on.sizes(tile),
         )  # fmt: skip
         tile = on.plan.weight_gradients

@@ -21,8 +21,9 @@ memory traffic of anything F wide.
 import triton
 import triton.language as tl
 
-from chela.ops.dropout_kernels import keep
-from chela.ops.feed_forward.kernels import dropped, normalise, product, rows_of, sigmoid, slice_of, statistics, tanh
+from chela.ops.activation_kernels import sigmoid, tanh
+from chela.ops.dropout_kernels import keep, keep_loaded
+from chela.ops.feed_forward.kernels import normalise, product, rows_of, slice_of, statistics
 
 
 @triton.jit
@@ -58,6 +59,7 @@ def row_gradients(
     dx_ptr,  # [ROWS, D]
     xh_ptr,  # [ROWS, D] for the weights' gradients, in the products' type; x itself if it is not written
     dz_ptr,  # [ROWS, D], likewise; dy itself
+    bits_ptr,  # [ROWS, BLOCK_D / 8] uint8: what dropout keeps of the output, on its way between threads
     dy_ptr,  # [ROWS, D]
     x_ptr,  # [ROWS, D]
     w1_ptr,  # folded
@@ -95,8 +97,10 @@ def row_gradients(
         xh, rstd = normalise(x, inside, of_batch, EPS, NORM, D)
         tl.store(xh_ptr + at, xh.to(xh_ptr.dtype.element_ty), mask=inside)
     if WRITE_DZ:
-        dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        dz = dropped(dy, seed_ptr, row, 0, threshold, scale, 1, DROP)
+        dz = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if DROP:
+            kept = keep_loaded(bits_ptr, tl.load(seed_ptr), row, row < rows, threshold, 1, BLOCK_D)
+            dz *= tl.where(kept, scale, 0.0)
         tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=inside)
     tl.debug_barrier()  # what is loaded goes to matrix units through shared memory, what is computed does not
     xh_tile = tl.load(xh_ptr + at, mask=inside, other=0.0)

@@ -1,7 +1,7 @@
 """The gated output on Triton's kernels: their launch, their registration with torch, their derivative.
 
-Bytes decide what is kept. Of the rows, the forward pass keeps the product's D columns, which dropout has marked, and a
-single head's norm; u is made again from m and gate, and written once for the weight's gradient.
+Bytes decide what is kept. Of the rows, the forward pass keeps the D columns that SiLU is taken of and a bit for each
+that dropout keeps; u is made again from m and gate, and written for the weight's gradient.
 """
 
 from typing import Any, NamedTuple
@@ -14,40 +14,29 @@ from chela.ops.gated_output import WIDEST, kernels, moment_kernels, weight_kerne
 from chela.ops.gated_output.reference import EPS, STREAM
 from chela.ops.launch import ceil, dense, grid, no_second_derivative, power, roomy, rows
 from chela.ops.moments import Moments
+from chela.ops.precision import no_autocast
 
 
 class Tile(NamedTuple):
-    """How a kernel is cut. None of it depends on the number of rows."""
+    """How the kernel of the weight's gradient is cut. None of it depends on the number of rows."""
 
     rows: int
     values: int
-    """Most columns of V at a time. A head that fits is walked through once, a wider one twice."""
-    warps: int
+    """Columns of V at a time."""
     stages: int
 
 
-class Plan(NamedTuple):
-    """Tiles of the kernels that walk through rows."""
-
-    forward: Tile
-    backward: Tile
-    weight: Tile
-
-
-# By the bytes of a number in the product and by the widest row they are for. Of 128 channels and 16 bits forward (with
-# dropout) and backward are the fastest of six and of nine tiles (docs/log.md); the others are not compared yet.
-PLANS = {
-    2: {
-        64: Plan(Tile(64, 64, 4, 2), Tile(32, 64, 4, 1), Tile(64, 128, 8, 3)),
-        128: Plan(Tile(64, 64, 4, 1), Tile(16, 128, 4, 2), Tile(64, 128, 8, 3)),
-        256: Plan(Tile(32, 64, 8, 2), Tile(32, 64, 8, 1), Tile(64, 64, 8, 3)),
-    },
-    4: {
-        64: Plan(Tile(32, 64, 4, 1), Tile(32, 64, 4, 1), Tile(32, 64, 8, 2)),
-        128: Plan(Tile(32, 64, 8, 1), Tile(32, 64, 8, 1), Tile(32, 64, 8, 2)),
-        256: Plan(Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(32, 32, 8, 2)),
-    },
+# By the bytes of a number in the product and by the widest row they are for; not compared with others yet.
+WEIGHT = {
+    2: {64: Tile(64, 128, 3), 128: Tile(64, 128, 3), 256: Tile(64, 64, 3)},
+    4: {64: Tile(32, 64, 2), 128: Tile(32, 64, 2), 256: Tile(32, 32, 2)},
 }
+VALUES = 2048
+"""Entries of a tile of V's columns, 16 for each of a program's threads."""
+CHANNELS = 1024
+"""Entries of a tile of D's."""
+TILES = 8
+"""Tiles of D's columns that a program walks through."""
 FOLD = 1024
 """Entries of the weight that one program folds."""
 SHARES = 64
@@ -104,7 +93,7 @@ torch.library.define(
 )
 torch.library.define(
     "chela::gated_output_backward",
-    f"(Tensor dy, Tensor? dmoments, Tensor moments, Tensor product, Tensor inverse, Tensor folded, {_INPUTS},"
+    f"(Tensor dy, Tensor? dmoments, Tensor moments, Tensor pre, Tensor bits, Tensor folded, {_INPUTS},"
     f" {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_TAG,
 )
@@ -117,22 +106,13 @@ class _Sizes:
         self.d, self.v = weight.shape
         self.heads, self.n = heads, m.numel() // self.v
         self.block = max(64, power(self.d))
-        self.plan = PLANS[m.dtype.itemsize][self.block]
-
-    def constants(self, tile: Tile) -> dict[str, Any]:
-        """Constants of the kernels over rows."""
-        width = self.v // self.heads
-        return {
-            "H": self.heads,
-            "HV": width,
-            "D": self.d,
-            "BM": tile.rows,
-            "BC": min(tile.values, max(16, power(width))),
-            "BD": self.block,
-            "EPS": EPS,
-            "STAGES": tile.stages,
-            "num_warps": tile.warps,
-        }
+        self.weight = WEIGHT[m.dtype.itemsize][self.block]
+        width = self.v // heads
+        columns, rows = max(16, power(width)), CHANNELS // self.block
+        self.by_head = {"V": self.v, "HV": width, "BV": columns, "BM": min(max(1, VALUES // columns), 64)}
+        self.by_channel = {"V": self.v, "D": self.d, "BD": self.block, "BM": rows, "TILES": TILES}
+        self.grid_by_head = ceil(self.n, self.by_head["BM"]), heads
+        self.programs = ceil(self.n, TILES * rows)
 
 
 @torch.library.impl("chela::gated_output", "default")
@@ -150,37 +130,41 @@ def _forward(
     moments: bool,
     keep: bool,
 ) -> tuple[Tensor, ...]:
-    """Output, its moments [3, D] and, for the backward pass, the product, a single head's norm and the folded weight.
+    """Output, its moments [3, D] and, for the backward pass, what SiLU is taken of, its mask and the folded weight.
 
     Moments are mean, variance and number of positions, empty if not asked for; so are the last three without `keep`.
     """
     results = _forward_shapes(m, mixed, residual, weight, bias, gain, mask, seed, heads, dropout, moments, keep)
-    out, of_out, product, inverse, folded = results
+    out, of_out, pre, bits, folded = results
     if not m.numel():
         of_out = of_out.copy_(of_out.new_tensor([0.0, 0.0, 1.0])[:, None]) if moments else of_out
-        return out, of_out, product, inverse, folded
+        return out, of_out, pre, bits, folded
     on = _Sizes(m, weight, heads)
     if not keep:
-        folded = m.new_empty(weight.shape)
-    with torch.cuda.device_of(m):
+        pre, folded = m.new_empty(on.n, on.d), m.new_empty(weight.shape)
+        bits = m.new_empty((on.n, on.block // 8) if seed is not None else 0, dtype=torch.uint8)
+    u = m.new_empty(on.n, on.v)
+    with torch.cuda.device_of(m), no_autocast(m.device):
         grid(weight_kernels.fold, ceil(on.d * on.v, FOLD))(
             folded, weight.contiguous(), dense(gain), D=on.d, V=on.v, NORM=gain is not None, BLOCK=FOLD
         )
-        tile = on.plan.forward
         m, mixed, residual = rows(m), rows(mixed), rows(residual)
-        programs = ceil(on.n, tile.rows)
-        parts = of_out.new_empty(programs, 3, on.d) if moments else of_out
-        grid(kernels.gated_output_forward, programs)(
-            out, product, inverse, parts, m, mixed, residual, folded, dense(bias), dense(mask), seed,
-            on.n, m.stride(0), mixed.stride(0), residual.stride(0), threshold(dropout), scale(dropout),
-            NORM=gain is not None, BIAS=bias is not None, DROPS=seed is not None, KEEP=keep,
-            MOMENTS=moments, MASKED=mask is not None, STREAM=STREAM, **on.constants(tile),
+        grid(kernels.values_forward, *on.grid_by_head)(
+            u, m, mixed, on.n, m.stride(0), mixed.stride(0), EPS=EPS, NORM=gain is not None, **on.by_head
+        )
+        torch.mm(u, folded.T, out=pre.view(on.n, on.d))
+        parts = of_out.new_empty(on.programs, 3, on.d) if moments else of_out
+        grid(kernels.gate_forward, on.programs)(
+            out, pre, bits, parts, mixed, residual, dense(bias), dense(mask), seed,
+            on.n, mixed.stride(0), residual.stride(0), threshold(dropout), scale(dropout),
+            BIAS=bias is not None, DROPS=seed is not None, KEEP=keep,
+            MOMENTS=moments, MASKED=mask is not None, STREAM=STREAM, **on.by_channel,
         )  # fmt: skip
         if moments:
             grid(moment_kernels.merge, ceil(on.d, COLUMNS))(
-                of_out, parts, programs, D=on.d, BLOCK=SUM // (2 * COLUMNS), COLUMNS=COLUMNS, num_warps=8
+                of_out, parts, on.programs, D=on.d, BLOCK=SUM // (2 * COLUMNS), COLUMNS=COLUMNS, num_warps=8
             )
-    return out, of_out, product, inverse, folded if keep else m.new_empty(0)
+    return results if keep else (out, of_out, m.new_empty(0), bits.new_empty(0), m.new_empty(0))
 
 
 @torch.library.impl("chela::gated_output_backward", "default")
@@ -188,8 +172,8 @@ def _backward(
     dy: Tensor,
     dmoments: Tensor | None,
     moments: Tensor,
-    product: Tensor,
-    inverse: Tensor,
+    pre: Tensor,
+    bits: Tensor,
     folded: Tensor,
     m: Tensor,
     mixed: Tensor,
@@ -204,39 +188,39 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of m, mixed, residual, weight, bias and gain, the last two empty for None."""
     results = _backward_shapes(
-        dy, dmoments, moments, product, inverse, folded, m, mixed, residual, weight, bias, gain, mask, seed,
-        heads, dropout,
-    )  # fmt: skip
+        dy, dmoments, moments, pre, bits, folded, m, mixed, residual, weight, bias, gain, mask, seed, heads, dropout
+    )
     dm, dmixed, dresidual, dweight, dbias, dgain = results
     if not m.numel():
         return tuple(result.zero_() for result in results)
     on = _Sizes(m, weight, heads)
-    tile = on.plan.backward
-    programs = ceil(on.n, tile.rows)
-    bias_partial = m.new_empty(programs, on.d, dtype=torch.float32)
-    u = torch.empty_like(dm)
-    with torch.cuda.device_of(m):
+    bias_partial = m.new_empty(on.programs, on.d, dtype=torch.float32)
+    u = m.new_empty(on.n, on.v)
+    with torch.cuda.device_of(m), no_autocast(m.device):
         dy, m, mixed, residual = rows(dy), rows(m), rows(mixed), rows(residual)
-        grid(kernels.gated_output_backward, programs)(
-            dm, dmixed, dresidual, u, bias_partial, dy, dense(dmoments), moments.contiguous(),
-            product.contiguous(), inverse, m, mixed, residual, folded, dense(bias), dense(mask),
-            on.n, dy.stride(0), m.stride(0), mixed.stride(0), residual.stride(0), scale(dropout),
-            NORM=gain is not None, BIAS=bias is not None, DROPS=seed is not None,
-            MOMENTS=dmoments is not None, MASKED=mask is not None, **on.constants(tile),
+        grid(kernels.gate_backward, on.programs)(
+            dmixed, dresidual, bias_partial, dy, dense(dmoments), moments.contiguous(), pre.contiguous(),
+            bits, mixed, residual, dense(mask), on.n, dy.stride(0), mixed.stride(0), residual.stride(0), scale(dropout),
+            DROPS=seed is not None, MOMENTS=dmoments is not None, MASKED=mask is not None, **on.by_channel,
         )  # fmt: skip
-        tile = on.plan.weight
+        dpre = rows(dmixed)[:, on.v : on.v + on.d]
+        du = torch.mm(dpre, folded)
+        grid(kernels.values_backward, *on.grid_by_head)(
+            dm, dmixed, u, du, m, mixed, on.n, m.stride(0), mixed.stride(0),
+            D=on.d, EPS=EPS, NORM=gain is not None, **on.by_head,
+        )  # fmt: skip
+        tile = on.weight
         share = ceil(ceil(on.n, SHARES), tile.rows) * tile.rows
         shares = ceil(on.n, share)
         columns = min(tile.values, max(16, power(on.v)))
         partial = m.new_empty(shares, on.d, on.v, dtype=torch.float32)
-        dpre = rows(dmixed)[:, on.v : on.v + on.d]
         grid(weight_kernels.multiply, shares, ceil(on.v, columns))(
             partial, dpre, u, on.n, share, dpre.stride(0),
             D=on.d, V=on.v, BM=tile.rows, BD=on.block, BV=columns,
-            STAGES=tile.stages if roomy(m.device) else min(tile.stages, 2), num_warps=tile.warps,
+            STAGES=tile.stages if roomy(m.device) else min(tile.stages, 2), num_warps=8,
         )  # fmt: skip
         grid(weight_kernels.finish, ceil(on.v, COLUMNS) + ceil(on.d, 2 * COLUMNS))(
-            dweight, dgain, dbias, partial, bias_partial, weight.contiguous(), dense(gain), shares, programs,
+            dweight, dgain, dbias, partial, bias_partial, weight.contiguous(), dense(gain), shares, on.programs,
             D=on.d, V=on.v, NORM=gain is not None, BIAS=bias is not None, BD=on.block, BV=COLUMNS,
             SHARES=SUM // (on.block * COLUMNS), BLOCK=SUM // (2 * COLUMNS), COLUMNS=2 * COLUMNS, num_warps=8,
         )  # fmt: skip
@@ -259,9 +243,11 @@ def _forward_shapes(
     keep: bool,
 ) -> tuple[Tensor, ...]:
     of_out = m.new_empty((3, weight.shape[0]) if moments else (0,), dtype=torch.float32)
-    product, folded = (m.new_empty(like.shape if keep else (0,)) for like in (residual, weight))
-    inverse = m.new_empty(m.shape[:-1] if keep and gain is not None and heads == 1 else (0,), dtype=torch.float32)
-    return residual.new_empty(residual.shape), of_out, product, inverse, folded
+    pre, folded = (m.new_empty(like.shape if keep else (0,)) for like in (residual, weight))
+    channels = max(64, power(weight.shape[0]))
+    width = channels // 8 if keep and seed is not None else 0
+    bits = m.new_empty((*m.shape[:-1], width) if width else (0,), dtype=torch.uint8)
+    return residual.new_empty(residual.shape), of_out, pre, bits, folded
 
 
 @torch.library.register_fake("chela::gated_output_backward")
@@ -269,8 +255,8 @@ def _backward_shapes(
     dy: Tensor,
     dmoments: Tensor | None,
     moments: Tensor,
-    product: Tensor,
-    inverse: Tensor,
+    pre: Tensor,
+    bits: Tensor,
     folded: Tensor,
     m: Tensor,
     mixed: Tensor,

@@ -1,244 +1,209 @@
-"""Triton kernels of the gated output: forward and backward over its rows.
+"""Triton kernels of the gated output: what is done to its rows before and after the product, forward and backward.
 
-Shapes: N rows, H heads of width HV (V = H HV), D model width. A program has BM rows, all D columns (BD >= D of them
-in a tile, with a mask), and walks through the values of a head in chunks of BC. The weight comes folded: `gain W_o`,
-in the dtype of the products, so that u = silu(gate) norm(m) everywhere (`weight_kernels`). The number of rows is never
-a constant of a kernel.
-
-Where a head is wider than a chunk, sums over it need a walk of their own, but for those of a single head in the
-backward pass: the forward pass keeps the norm's inverse root, and of dnorm = F^T dpre silu(gate) the sum that the
-norm's derivative needs is, without a look at the values,
-
-    sum over V of dnorm norm(m) = dpre . F u = dpre . product
+Shapes: N rows, H heads of width HV (V = H HV), D model width. The products themselves, u F^T forward and dpre F
+backward, are torch's: a kernel that made its operands on the way took twice as long as these and the products together
+(docs/log.md). A program has BM rows of a head (all BV >= HV columns of it), or TILES times BM rows of all D channels
+(BD >= D), whose sums each thread keeps to itself until the last tile. The number of rows is never a constant of a
+kernel.
 """
 
 import triton
 import triton.language as tl
 
-from chela.ops.dropout_kernels import keep
-from chela.ops.gated_output.moment_kernels import add_up, counted, of_moments
+from chela.ops.activation_kernels import sigmoid
+from chela.ops.dropout_kernels import keep_loaded, kept
+from chela.ops.gated_output.moment_kernels import counted, pushes, store_part, take_in
 
 
 @triton.jit
-def _values(x_rows, column, there, HV: tl.constexpr, BC: tl.constexpr):
-    """A head's columns `column : column + BC` of rows of m or gate [BM, BC], zero outside."""
-    v = tl.arange(0, BC)
-    inside = there
-    if HV % BC != 0:
-        inside = there & (v < HV - column % HV)[None, :]
-    return tl.load(x_rows + (column + v)[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def _weight(weight_ptr, column, D: tl.constexpr, HV: tl.constexpr, V: tl.constexpr, BD: tl.constexpr,
-            BC: tl.constexpr):  # fmt: skip
-    """The same columns of the folded weight [BD, BC]."""
-    d, v = tl.arange(0, BD)[:, None], tl.arange(0, BC)[None, :]
-    pointer = weight_ptr + d * V + (column + v)
-    if (BD == D) & (HV % BC == 0):
-        return tl.load(pointer)
-    return tl.load(pointer, mask=(d < D) & (v < HV - column % HV), other=0.0)
+def _rows_of_head(n, BM: tl.constexpr, BV: tl.constexpr, HV: tl.constexpr):
+    """A program's rows [BM, 1], its columns of V [1, BV], and which of these there are [BM, BV]."""
+    row = (tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM))[:, None]
+    v = tl.arange(0, BV)[None, :]
+    return row, tl.program_id(1) * HV + v, (row < n) & (v < HV)
 
 
 @triton.jit(do_not_specialize=["n"])
-def gated_output_forward(
-    y_ptr,  # [N, D]
-    product_ptr,  # [N, D]: F u, kept for the backward pass; -inf where dropout strikes
-    inverse_ptr,  # [N] float32: a single head's 1 / root mean square, kept likewise
-    parts_ptr,  # [programs, 3, D] float32: each program's share of the output's moments
+def values_forward(
+    u_ptr,  # [N, V]
     m_ptr,  # [N, V], rows m_row apart
     mixed_ptr,  # [N, V + 2D], rows mixed_row apart: gate, h, p
+    n,
+    m_row,
+    mixed_row,
+    V: tl.constexpr,
+    HV: tl.constexpr,
+    BM: tl.constexpr,
+    BV: tl.constexpr,
+    EPS: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    """What the product is of: u = silu(gate) norm(m)."""
+    row, v, there = _rows_of_head(n, BM, BV, HV)
+    m = tl.load(m_ptr + row * m_row + v, mask=there, other=0.0).to(tl.float32)
+    gate = tl.load(mixed_ptr + row * mixed_row + v, mask=there, other=0.0).to(tl.float32)
+    u = m * gate * sigmoid(gate)
+    if NORM:
+        u *= tl.rsqrt(tl.sum(m * m, axis=1) / HV + EPS)[:, None]
+    tl.store(u_ptr + row * V + v, u.to(u_ptr.dtype.element_ty), mask=there)
+
+
+@triton.jit(do_not_specialize=["n"])
+def values_backward(
+    dm_ptr,  # [N, V]
+    dmixed_ptr,  # [N, V + 2D]
+    u_ptr,  # [N, V]
+    du_ptr,  # [N, V]
+    m_ptr,  # [N, V], rows m_row apart
+    mixed_ptr,  # [N, V + 2D], rows mixed_row apart
+    n,
+    m_row,
+    mixed_row,
+    V: tl.constexpr,
+    HV: tl.constexpr,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BV: tl.constexpr,
+    EPS: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    """Gradients of m and gate; and u again, for the weight's."""
+    row, v, there = _rows_of_head(n, BM, BV, HV)
+    du = tl.load(du_ptr + row * V + v, mask=there, other=0.0).to(tl.float32)
+    m = tl.load(m_ptr + row * m_row + v, mask=there, other=0.0).to(tl.float32)
+    gate = tl.load(mixed_ptr + row * mixed_row + v, mask=there, other=0.0).to(tl.float32)
+    open = sigmoid(gate)
+    dm = du * gate * open  # of the norm
+    if NORM:
+        inverse = tl.rsqrt(tl.sum(m * m, axis=1) / HV + EPS)[:, None]
+        m *= inverse
+        dm = inverse * (dm - m * (tl.sum(dm * m, axis=1) / HV)[:, None])
+    dgate = du * m * open * (1 + gate * (1 - open))
+    tl.store(u_ptr + row * V + v, (m * gate * open).to(u_ptr.dtype.element_ty), mask=there)
+    tl.store(dm_ptr + row * V + v, dm.to(dm_ptr.dtype.element_ty), mask=there)
+    tl.store(dmixed_ptr + row * (V + 2 * D) + v, dgate.to(dmixed_ptr.dtype.element_ty), mask=there)
+
+
+@triton.jit(do_not_specialize=["n"])
+def gate_forward(
+    y_ptr,  # [N, D]
+    pre_ptr,  # [N, D]: the product, and after it what SiLU is taken of, for the backward pass
+    bits_ptr,  # [N, BD / 8] uint8: what dropout keeps, likewise
+    parts_ptr,  # [programs, 3, D] float32: each program's share of the output's moments
+    mixed_ptr,  # [N, V + 2D], rows mixed_row apart
     residual_ptr,  # [N, D], rows residual_row apart
-    weight_ptr,  # [D, V], folded
     bias_ptr,  # [D]
     mask_ptr,  # [N], which rows count for the moments
     seed_ptr,  # []
     n,
-    m_row,
     mixed_row,
     residual_row,
     threshold,
     scale,
-    H: tl.constexpr,
-    HV: tl.constexpr,
+    V: tl.constexpr,
     D: tl.constexpr,
     BM: tl.constexpr,
-    BC: tl.constexpr,
     BD: tl.constexpr,
-    EPS: tl.constexpr,
+    TILES: tl.constexpr,
     STREAM: tl.constexpr,
-    NORM: tl.constexpr,
     BIAS: tl.constexpr,
     DROPS: tl.constexpr,
     KEEP: tl.constexpr,
     MOMENTS: tl.constexpr,
     MASKED: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    """Output: residual + sigmoid(p) (dropout(silu(h + u W^T + b)) - residual)."""
-    V: tl.constexpr = H * HV
-    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    """Output: residual + sigmoid(p) (dropout(silu(h + product + b)) - residual)."""
     d = tl.arange(0, BD)
-    there = (row < n)[:, None]
-    narrow = there & (d < D)[None, :]
-    m_rows = m_ptr + (row * m_row)[:, None]
-    mixed_rows = mixed_ptr + (row * mixed_row)[:, None]
-
-    product = tl.zeros([BM, BD], tl.float32)
-    for head in range(H):
-        if NORM & (BC < HV):
-            squares = tl.zeros([BM], tl.float32)
-            for column in tl.range(head * HV, (head + 1) * HV, BC, num_stages=STAGES):
-                m = _values(m_rows, column, there, HV, BC).to(tl.float32)
-                squares += tl.sum(m * m, axis=1)
-            inverse = tl.rsqrt(squares / HV + EPS)[:, None]
-            if KEEP & (H == 1):
-                tl.store(inverse_ptr + row[:, None], inverse, mask=there)
-        for column in tl.range(head * HV, (head + 1) * HV, BC, num_stages=STAGES):
-            m = _values(m_rows, column, there, HV, BC).to(tl.float32)
-            gate = _values(mixed_rows, column, there, HV, BC).to(tl.float32)
-            weight = _weight(weight_ptr, column, D, HV, V, BD, BC)
-            if NORM & (BC >= HV):
-                inverse = tl.rsqrt(tl.sum(m * m, axis=1) / HV + EPS)[:, None]
-                if KEEP & (H == 1):
-                    tl.store(inverse_ptr + row[:, None], inverse, mask=there)
-            u = m * gate * tl.sigmoid(gate)
-            if NORM:
-                u *= inverse
-            product = tl.dot(u.to(weight.dtype), tl.trans(weight), product, input_precision="tf32x3")  # [BM, BD]
-
-    pre = product + tl.load(mixed_rows + (V + d)[None, :], mask=narrow, other=0.0).to(tl.float32)
+    first = tl.program_id(0).to(tl.int64) * (TILES * BM)
     if BIAS:
-        pre += tl.load(bias_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-    p = tl.load(mixed_rows + (V + D + d)[None, :], mask=narrow, other=0.0).to(tl.float32)
-    residual = tl.load(residual_ptr + (row * residual_row)[:, None] + d[None, :], mask=narrow, other=0.0)
-    residual = residual.to(tl.float32)
-    at = (row * D)[:, None] + d[None, :]
-    a = pre * tl.sigmoid(pre)
-    if DROPS:
-        kept = keep(tl.load(seed_ptr), row, 0, threshold, STREAM, BD)
-        a = tl.where(kept, a * scale, 0.0)
-        product = tl.where(kept, product, float("-inf"))
-    if KEEP:
-        tl.store(product_ptr + at, product.to(product_ptr.dtype.element_ty), mask=narrow)
-    y = (residual + tl.sigmoid(p) * (a - residual)).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + at, y, mask=narrow)
+        bias = tl.load(bias_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    number = tl.zeros([BM], tl.float32)
+    mean, squares = tl.zeros([BM, BD], tl.float32), tl.zeros([BM, BD], tl.float32)
+    for tile in range(TILES):
+        row = first + tile * BM + tl.arange(0, BM)
+        exists = row < n
+        there = exists[:, None] & (d < D)[None, :]
+        mixed_rows = mixed_ptr + (row * mixed_row)[:, None] + (V + d)[None, :]
+        at = (row * D)[:, None] + d[None, :]
+        pre = tl.load(pre_ptr + at, mask=there, other=0.0).to(tl.float32)
+        pre += tl.load(mixed_rows, mask=there, other=0.0).to(tl.float32)
+        p = tl.load(mixed_rows + D, mask=there, other=0.0).to(tl.float32)
+        residual = tl.load(residual_ptr + (row * residual_row)[:, None] + d[None, :], mask=there, other=0.0)
+        residual = residual.to(tl.float32)
+        if BIAS:
+            pre += bias
+        a = pre * sigmoid(pre)
+        if DROPS:
+            kept_here = keep_loaded(bits_ptr, tl.load(seed_ptr), row, exists, threshold, STREAM, BD)
+            a = tl.where(kept_here, a * scale, 0.0)
+        if KEEP:
+            tl.store(pre_ptr + at, pre.to(pre_ptr.dtype.element_ty), mask=there)
+        y = (residual + sigmoid(p) * (a - residual)).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + at, y, mask=there)
+        if MOMENTS:
+            number, mean, squares = take_in(number, mean, squares, y.to(tl.float32), counted(mask_ptr, row, n, MASKED))
     if MOMENTS:
-        counts = counted(mask_ptr, row, n, MASKED)
-        add_up(parts_ptr + tl.program_id(0).to(tl.int64) * (3 * D), y.to(tl.float32), counts, D, BD)
+        store_part(parts_ptr + tl.program_id(0).to(tl.int64) * (3 * D), number, mean, squares, D, BD)
 
 
 @triton.jit(do_not_specialize=["n"])
-def gated_output_backward(
-    dm_ptr,  # [N, V]
+def gate_backward(
     dmixed_ptr,  # [N, V + 2D]
     dresidual_ptr,  # [N, D]
-    u_ptr,  # [N, V]
     partial_ptr,  # [programs, D] float32: each program's share of the bias's gradient
     dy_ptr,  # [N, D], rows dy_row apart
     dmoments_ptr,  # [2 or more, D] float32: gradients of mean and variance of the output
     moments_ptr,  # [3, D] float32
-    product_ptr,  # [N, D], as the forward pass left it
-    inverse_ptr,  # [N] float32, likewise
-    m_ptr,  # [N, V], rows m_row apart
+    pre_ptr,  # [N, D], as the forward pass left it
+    bits_ptr,  # [N, BD / 8] uint8, likewise
     mixed_ptr,  # [N, V + 2D], rows mixed_row apart
     residual_ptr,  # [N, D], rows residual_row apart
-    weight_ptr,  # [D, V], folded
-    bias_ptr,  # [D]
     mask_ptr,  # [N]
     n,
     dy_row,
-    m_row,
     mixed_row,
     residual_row,
     scale,
-    H: tl.constexpr,
-    HV: tl.constexpr,
+    V: tl.constexpr,
     D: tl.constexpr,
     BM: tl.constexpr,
-    BC: tl.constexpr,
     BD: tl.constexpr,
-    EPS: tl.constexpr,
-    NORM: tl.constexpr,
-    BIAS: tl.constexpr,
+    TILES: tl.constexpr,
     DROPS: tl.constexpr,
     MOMENTS: tl.constexpr,
     MASKED: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    """Gradients of m, mixed and residual; u for the weight's gradient, and the bias's shares."""
-    V: tl.constexpr = H * HV
-    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    """Gradients of h (which is the product's, too), p and the residual, and the bias's shares."""
     d = tl.arange(0, BD)
-    there = (row < n)[:, None]
-    narrow = there & (d < D)[None, :]
-    at = (row * D)[:, None] + d[None, :]
-    m_rows = m_ptr + (row * m_row)[:, None]
-    mixed_rows = mixed_ptr + (row * mixed_row)[:, None]
-    dm_rows, u_rows = dm_ptr + (row * V)[:, None], u_ptr + (row * V)[:, None]
-    dmixed_rows = dmixed_ptr + (row * (V + 2 * D))[:, None]
-    dtype: tl.constexpr = m_ptr.dtype.element_ty
-
-    dy = tl.load(dy_ptr + (row * dy_row)[:, None] + d[None, :], mask=narrow, other=0.0).to(tl.float32)
-    p = tl.load(mixed_rows + (V + D + d)[None, :], mask=narrow, other=0.0).to(tl.float32)
-    product = tl.load(product_ptr + at, mask=narrow, other=0.0).to(tl.float32)
-    if DROPS:
-        kept = product > float("-inf")
-        product = tl.where(kept, product, 0.0)
-    pre = product + tl.load(mixed_rows + (V + d)[None, :], mask=narrow, other=0.0).to(tl.float32)
-    if BIAS:
-        pre += tl.load(bias_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-    residual = tl.load(residual_ptr + (row * residual_row)[:, None] + d[None, :], mask=narrow, other=0.0)
-    residual = residual.to(tl.float32)
-    mix, open_pre = tl.sigmoid(p), tl.sigmoid(pre)
-    a = pre * open_pre
-    if DROPS:
-        a = tl.where(kept, a * scale, 0.0)
+    first = tl.program_id(0).to(tl.int64) * (TILES * BM)
     if MOMENTS:
-        y = residual + mix * (a - residual)
-        dy += of_moments(dmoments_ptr, moments_ptr, y, counted(mask_ptr, row, n, MASKED), D, BD)
-    tl.store(dresidual_ptr + at, (dy * (1 - mix)).to(dresidual_ptr.dtype.element_ty), mask=narrow)
-    dpre = dy * mix * open_pre * (1 + pre * (1 - open_pre))
-    if DROPS:
-        dpre = tl.where(kept, dpre * scale, 0.0)
-    dp = dy * (a - residual) * mix * (1 - mix)
-    tl.store(dmixed_rows + (V + D + d)[None, :], dp.to(dtype), mask=narrow)
-    tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * D + d, tl.sum(dpre, axis=0), mask=d < D)
-    dpre = dpre.to(dtype)
-    tl.store(dmixed_rows + (V + d)[None, :], dpre, mask=narrow)
-
-    if NORM & (H == 1):
-        inverse = tl.load(inverse_ptr + row[:, None], mask=there, other=0.0)
-        mean = tl.sum(dpre.to(tl.float32) * product, axis=1)[:, None] / HV  # of dnorm norm
-    for head in range(H):
-        if NORM & (H > 1) & (BC < HV):
-            squares, total = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
-            for column in tl.range(head * HV, (head + 1) * HV, BC, num_stages=STAGES):
-                m = _values(m_rows, column, there, HV, BC).to(tl.float32)
-                gate = _values(mixed_rows, column, there, HV, BC).to(tl.float32)
-                weight = _weight(weight_ptr, column, D, HV, V, BD, BC)
-                du = tl.dot(dpre, weight, input_precision="tf32x3")  # [BM, BC]
-                squares += tl.sum(m * m, axis=1)
-                total += tl.sum(du * m * gate * tl.sigmoid(gate), axis=1)
-            inverse = tl.rsqrt(squares / HV + EPS)[:, None]
-            mean = inverse * total[:, None] / HV  # of dnorm norm
-        for column in tl.range(head * HV, (head + 1) * HV, BC, num_stages=STAGES):
-            m = _values(m_rows, column, there, HV, BC).to(tl.float32)
-            gate = _values(mixed_rows, column, there, HV, BC).to(tl.float32)
-            weight = _weight(weight_ptr, column, D, HV, V, BD, BC)
-            du = tl.dot(dpre, weight, input_precision="tf32x3")  # [BM, BC]
-            open = tl.sigmoid(gate)
-            dm = du * gate * open
-            if NORM:
-                if (H > 1) & (BC >= HV):
-                    inverse = tl.rsqrt(tl.sum(m * m, axis=1) / HV + EPS)[:, None]
-                    mean = inverse * tl.sum(dm * m, axis=1)[:, None] / HV
-                m *= inverse
-                dm = inverse * (dm - m * mean)
-            dgate = du * m * open * (1 + gate * (1 - open))
-            u = m * gate * open
-            v = column + tl.arange(0, BC)
-            inside = there & (v < (head + 1) * HV)[None, :]
-            tl.store(u_rows + v[None, :], u.to(dtype), mask=inside)
-            tl.store(dmixed_rows + v[None, :], dgate.to(dtype), mask=inside)
-            tl.store(dm_rows + v[None, :], dm.to(dtype), mask=inside)
+        push, pull = pushes(dmoments_ptr, moments_ptr, D, BD)
+    total = tl.zeros([BM, BD], tl.float32)
+    for tile in range(TILES):
+        row = first + tile * BM + tl.arange(0, BM)
+        exists = row < n
+        there = exists[:, None] & (d < D)[None, :]
+        at = (row * D)[:, None] + d[None, :]
+        dy = tl.load(dy_ptr + (row * dy_row)[:, None] + d[None, :], mask=there, other=0.0).to(tl.float32)
+        pre = tl.load(pre_ptr + at, mask=there, other=0.0).to(tl.float32)
+        p = tl.load(mixed_ptr + (row * mixed_row)[:, None] + (V + D + d)[None, :], mask=there, other=0.0)
+        residual = tl.load(residual_ptr + (row * residual_row)[:, None] + d[None, :], mask=there, other=0.0)
+        residual = residual.to(tl.float32)
+        mix, open = sigmoid(p.to(tl.float32)), sigmoid(pre)
+        a = pre * open
+        if DROPS:
+            factor = tl.where(kept(bits_ptr, row, exists, BD), scale, 0.0)
+            a *= factor
+        if MOMENTS:
+            y = residual + mix * (a - residual)
+            dy += tl.where(counted(mask_ptr, row, n, MASKED)[:, None], push[None, :] + pull[None, :] * y, 0.0)
+        tl.store(dresidual_ptr + at, (dy * (1 - mix)).to(dresidual_ptr.dtype.element_ty), mask=there)
+        dpre = dy * mix * open * (1 + pre * (1 - open))
+        if DROPS:
+            dpre *= factor
+        dp = dy * (a - residual) * mix * (1 - mix)
+        dmixed_rows = dmixed_ptr + (row * (V + 2 * D))[:, None] + (V + d)[None, :]
+        tl.store(dmixed_rows, dpre.to(dmixed_ptr.dtype.element_ty), mask=there)
+        tl.store(dmixed_rows + D, dp.to(dmixed_ptr.dtype.element_ty), mask=there)
+        total += dpre
+    tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * D + d, tl.sum(total, axis=0), mask=d < D)

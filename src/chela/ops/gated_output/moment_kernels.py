@@ -1,6 +1,7 @@
 """Moments of the output's channels in Triton: each program's share, their merging, and what their gradients add to dy.
 
-A program subtracts the mean of its own rows before it squares; shares are merged as Chan, Golub and LeVeque (1979) do:
+A thread adds one row after the other, as Welford (1962) does, so that squares are of differences alone; threads and
+programs are merged as Chan, Golub and LeVeque (1979) do:
 
     mean = sum_p n_p mean_p / n             n variance = sum_p (squares_p + n_p (mean_p - mean)^2)
 """
@@ -19,15 +20,24 @@ def counted(mask_ptr, row, n, MASKED: tl.constexpr):
 
 
 @triton.jit
-def add_up(part_ptr, y, counts, D: tl.constexpr, BD: tl.constexpr):
-    """Store a program's means, sums of squares around them and number of rows [3, D]; y [BM, BD] float32."""
+def take_in(number, mean, squares, y, counts):
+    """Moments of each lane [BM] or [BM, BD] with one more row for each: y [BM, BD] float32 where it counts [BM]."""
+    number += counts.to(tl.float32)
+    share = (1.0 / tl.maximum(number, 1.0))[:, None]
+    off = tl.where(counts[:, None], y - mean, 0.0)
+    return number, mean + off * share, squares + off * off * (1 - share)
+
+
+@triton.jit
+def store_part(part_ptr, number, mean, squares, D: tl.constexpr, BD: tl.constexpr):
+    """Merge a program's lanes and store its means, sums of squares around them and number of rows [3, D]."""
     d = tl.arange(0, BD)
-    number = tl.sum(counts.to(tl.float32), axis=0)
-    mean = tl.sum(tl.where(counts[:, None], y, 0.0), axis=0) / tl.maximum(number, 1.0)
-    off = tl.where(counts[:, None], y - mean[None, :], 0.0)
-    tl.store(part_ptr + d, mean, mask=d < D)
-    tl.store(part_ptr + D + d, tl.sum(off * off, axis=0), mask=d < D)
-    tl.store(part_ptr + 2 * D + d, tl.zeros([BD], tl.float32) + number, mask=d < D)
+    rows = tl.sum(number, axis=0)
+    middle = tl.sum(number[:, None] * mean, axis=0) / tl.maximum(rows, 1.0)
+    off = mean - middle[None, :]
+    tl.store(part_ptr + d, middle, mask=d < D)
+    tl.store(part_ptr + D + d, tl.sum(squares + number[:, None] * off * off, axis=0), mask=d < D)
+    tl.store(part_ptr + 2 * D + d, tl.zeros([BD], tl.float32) + rows, mask=d < D)
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -66,12 +76,11 @@ def merge(
 
 
 @triton.jit
-def of_moments(dmoments_ptr, moments_ptr, y, counts, D: tl.constexpr, BD: tl.constexpr):
-    """What the gradients of mean and variance [2, D] add to that of y [BM, BD]."""
+def pushes(dmoments_ptr, moments_ptr, D: tl.constexpr, BD: tl.constexpr):
+    """`push` and `pull` [BD]: the gradients of mean and variance [2, D] add `push + pull y` to that of y."""
     d = tl.arange(0, BD)
     inside = d < D
     share = 1.0 / tl.load(moments_ptr + 2 * D + d, mask=inside, other=1.0)
     mean = tl.load(moments_ptr + d, mask=inside, other=0.0)
     pull = tl.load(dmoments_ptr + D + d, mask=inside, other=0.0) * (2 * share)
-    push = tl.load(dmoments_ptr + d, mask=inside, other=0.0) * share - pull * mean
-    return tl.where(counts[:, None], push[None, :] + pull[None, :] * y, 0.0)
+    return tl.load(dmoments_ptr + d, mask=inside, other=0.0) * share - pull * mean, pull
