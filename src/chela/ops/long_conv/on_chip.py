@@ -31,13 +31,20 @@ class Size(NamedTuple):
     n1: int
     n2: int
     warps: int
+    held: bool
+    """Tables stay with a program that has several rows: there is room for them."""
 
 
-SIZES = {1024: Size(32, 32, 4), 2048: Size(64, 32, 4), 4096: Size(64, 64, 4), 8192: Size(128, 64, 8)}
+SIZES = {
+    1024: Size(32, 32, 4, True),
+    2048: Size(64, 32, 4, True),
+    4096: Size(64, 64, 4, False),
+    8192: Size(128, 64, 8, False),
+}
 """By N. One warpgroup for every 64 rows of N1: more of them than that only split the matrix units' tiles."""
 LONGEST = max(SIZES)
 PART = 8
-"""Rows of the batch whose spectra one program sums for the gradient of the taps."""
+"""Rows of the batch that one program convolves, or whose spectra it sums for the gradient of the taps."""
 
 
 def fitting(inputs: int) -> int:
@@ -106,17 +113,20 @@ def _convolve(rows: Tensor, spectra: tuple[Tensor, Tensor], *, mirror: bool) -> 
     """[D, B, N] -> [D, B, N]; mirrored, from the gradient of the output to that of the history."""
     channels, batch, n = rows.shape
     size = SIZES[n]
-    out = torch.empty_like(rows)
-    kernels.convolve_rows[(channels * batch,)](
+    out, part = torch.empty_like(rows), PART if size.held else 1
+    kernels.convolve_rows[(channels, -(-batch // part))](
         rows,
         out,
         *spectra,
         *_tables(size, rows.device),
         batch,
         MIRROR=mirror,
+        PART=part,
+        HELD=size.held,
         N1=size.n1,
         N2=size.n2,
         num_warps=size.warps,
+        num_stages=2 if size.held else 1,  # the next row's entries; tables would be fetched ahead as well
     )
     return out
 

@@ -36,50 +36,84 @@ def _load_row(pointer):
 
 
 @jit()
-def _transform(v, f1, f2, twiddle, N1: tl.constexpr, N2: tl.constexpr):
-    """Real row in float16 -> spectrum, real and imaginary parts in float32."""
-    a, c = tl.arange(0, N1), tl.arange(0, N2)
-    grid, square = a[:, None] * N2 + c[None, :], a[:, None] * N1 + a[None, :]
-    zr, zi = tl.dot(tl.load(f1 + square), v), tl.dot(tl.load(f1 + N1 * N1 + square), v)
-    wr, wi = tl.load(twiddle + grid), tl.load(twiddle + N1 * N2 + grid)
+def _read(table, part: tl.constexpr, HELD: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """The real (0) or imaginary (1) part of a table [2, R, C]: HELD already, or where the pointer says."""
+    if HELD:
+        values = table[part]
+    else:
+        values = tl.load(table + part * (R * C) + tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :])
+    return values
+
+
+@jit()
+def _both(table, HELD: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    return _read(table, 0, HELD, R, C), _read(table, 1, HELD, R, C)
+
+
+@jit()
+def _transform(v, tables, HELD: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr):
+    """Real row in float16 -> spectrum, real and imaginary parts in float32.
+
+    Tables F1, F2 and W are HELD, or pointers to what is read where it is needed: that takes less room.
+    """
+    f1, f2, twiddle = tables
+    zr, zi = tl.dot(_read(f1, 0, HELD, N1, N1), v), tl.dot(_read(f1, 1, HELD, N1, N1), v)
+    wr, wi = _both(twiddle, HELD, N1, N2)
     br, bi = (zr * wr - zi * wi).to(tl.float16), (zr * wi + zi * wr).to(tl.float16)
-    square = c[:, None] * N2 + c[None, :]
-    gr, gi = tl.load(f2 + square), tl.load(f2 + N2 * N2 + square)
+    gr, gi = _both(f2, HELD, N2, N2)
     return tl.dot(-bi, gi, tl.dot(br, gr)), tl.dot(bi, gr, tl.dot(br, gi))
 
 
 @jit()
-def _half_inverse(pr, pi, f2, twiddle, N1: tl.constexpr, N2: tl.constexpr):
+def _half_inverse(pr, pi, tables, HELD: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr):
     """Spectrum in float16 -> what F1 is still to be undone of, in float16."""
-    a, c = tl.arange(0, N1), tl.arange(0, N2)
-    grid, square = a[:, None] * N2 + c[None, :], c[:, None] * N2 + c[None, :]
-    gr, gi = tl.load(f2 + square), tl.load(f2 + N2 * N2 + square)
+    _, f2, twiddle = tables
+    gr, gi = _both(f2, HELD, N2, N2)
     dr, di = tl.dot(pi, gi, tl.dot(pr, gr)), tl.dot(-pr, gi, tl.dot(pi, gr))
-    wr, wi = tl.load(twiddle + grid), tl.load(twiddle + N1 * N2 + grid)
+    wr, wi = _both(twiddle, HELD, N1, N2)
     return (dr * wr + di * wi).to(tl.float16), (di * wr - dr * wi).to(tl.float16)
 
 
 @jit("batch")
 def convolve_rows(
-    x, out, spectra, powers, f1, f2, twiddle, batch, MIRROR: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr
+    x,
+    out,
+    spectra,
+    powers,
+    f1,
+    f2,
+    twiddle,
+    batch,
+    MIRROR: tl.constexpr,
+    PART: tl.constexpr,
+    HELD: tl.constexpr,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
 ):
-    """out[d, b] = x[d, b] times the spectrum of channel d (its conjugate, if MIRROR: the gradient of the input)."""
-    row = tl.program_id(0).to(tl.int64)
-    d = row // batch
-    a, c = tl.arange(0, N1), tl.arange(0, N2)
-    grid, square = a[:, None] * N2 + c[None, :], a[:, None] * N1 + a[None, :]
-    v, scale = _load_row(x + row * (N1 * N2) + grid)
-    cr, ci = _transform(v, f1, f2, twiddle, N1, N2)
-    at = spectra + d * (2 * N1 * N2) + grid
-    lr, li = tl.load(at), tl.load(at + N1 * N2)
-    if MIRROR:
-        li = -li
-    pr, pi = (cr * lr - ci * li).to(tl.float16), (cr * li + ci * lr).to(tl.float16)
-    er, ei = _half_inverse(pr, pi, f2, twiddle, N1, N2)
-    y = tl.dot(tl.load(f1 + 2 * N1 * N1 + square), er)
-    y = tl.dot(tl.load(f1 + 3 * N1 * N1 + square), ei, y)
-    size = tl.load(powers + d) * scale
-    tl.store(out + row * (N1 * N2) + grid, (y * size).to(out.dtype.element_ty))
+    """out[d, b] = x[d, b] times the spectrum of channel d (its conjugate, if MIRROR: the gradient of the input).
+
+    A program has PART rows of a channel. Tables and spectrum are HELD, read once for all of them, where registers and
+    shared memory have room.
+    """
+    d, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    grid = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
+    tables, spectrum, transpose = (f1, f2, twiddle), spectra + d * (2 * N1 * N2), f1 + 2 * N1 * N1
+    if HELD:
+        tables = (_both(f1, False, N1, N1), _both(f2, False, N2, N2), _both(twiddle, False, N1, N2))
+        spectrum, transpose = _both(spectrum, False, N1, N2), _both(transpose, False, N1, N1)
+    power = tl.load(powers + d)
+    for b in range(part * PART, tl.minimum(batch, part * PART + PART)):
+        at = (d * batch + b) * (N1 * N2) + grid
+        v, scale = _load_row(x + at)
+        cr, ci = _transform(v, tables, HELD, N1, N2)
+        lr, li = _both(spectrum, HELD, N1, N2)
+        if MIRROR:
+            li = -li
+        pr, pi = (cr * lr - ci * li).to(tl.float16), (cr * li + ci * lr).to(tl.float16)
+        er, ei = _half_inverse(pr, pi, tables, HELD, N1, N2)
+        y = tl.dot(_read(transpose, 0, HELD, N1, N1), er)
+        y = tl.dot(_read(transpose, 1, HELD, N1, N1), ei, y)
+        tl.store(out + at, (y * (power * scale)).to(out.dtype.element_ty))
 
 
 @jit("lags", "ahead", "kd", "rd", "rl")
@@ -114,9 +148,10 @@ def transform_taps(
         lag = N1 * N2 - grid
         w = tl.load(reverse + d * rd + (lag - 1).to(tl.int64) * rl, mask=lag <= ahead, other=0).to(tl.float32)
     scale = power_of(v, w)
-    cr, ci = _transform((v / scale).to(tl.float16), f1, f2, twiddle, N1, N2)
+    tables = (f1, f2, twiddle)
+    cr, ci = _transform((v / scale).to(tl.float16), tables, False, N1, N2)
     if AHEAD:
-        er, ei = _transform((w / scale).to(tl.float16), f1, f2, twiddle, N1, N2)
+        er, ei = _transform((w / scale).to(tl.float16), tables, False, N1, N2)
         cr, ci = cr + ei, ci - er
     top = 4 * power_of(cr, ci)
     at = spectra + d * (2 * N1 * N2) + grid
@@ -133,14 +168,15 @@ def correlate_rows(
     d, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     a, c = tl.arange(0, N1), tl.arange(0, N2)
     grid = a[:, None] * N2 + c[None, :]
+    tables = (f1, f2, twiddle)
     real, imaginary = tl.zeros([N1, N2], tl.float32), tl.zeros([N1, N2], tl.float32)
     for b in range(part * PART, tl.minimum(batch, part * PART + PART)):
         at = (d * batch + b) * (N1 * N2) + grid
         v, size = _load_row(x + at)
-        hr, hi = _transform(v, f1, f2, twiddle, N1, N2)
+        hr, hi = _transform(v, tables, False, N1, N2)
         hr, hi = hr.to(tl.float16), hi.to(tl.float16)  # while the next transform needs the registers
         v, scale = _load_row(g + at)
-        gr, gi = _transform(v, f1, f2, twiddle, N1, N2)
+        gr, gi = _transform(v, tables, False, N1, N2)
         real += (hr * gr + hi * gi) * (size * scale)
         imaginary += (hr * gi - hi * gr) * (size * scale)
     at = sums + (part * channels + d) * (2 * N1 * N2) + grid
@@ -166,15 +202,17 @@ def collect_rows(
     """Gradients of the taps: the real part of the inverse transform at lag l, and minus the imaginary one at N - l."""
     d = tl.program_id(0).to(tl.int64)
     a, c = tl.arange(0, N1), tl.arange(0, N2)
-    grid, square = a[:, None] * N2 + c[None, :], a[:, None] * N1 + a[None, :]
+    grid = a[:, None] * N2 + c[None, :]
     real, imaginary = tl.zeros([N1, N2], tl.float32), tl.zeros([N1, N2], tl.float32)
     for part in range(parts):
         at = sums + (part * tl.num_programs(0) + d) * (2 * N1 * N2) + grid
         real += tl.load(at)
         imaginary += tl.load(at + N1 * N2)
     top = power_of(real, imaginary)
-    er, ei = _half_inverse((real / top).to(tl.float16), (imaginary / top).to(tl.float16), f2, twiddle, N1, N2)
-    tr, ti = tl.load(f1 + 2 * N1 * N1 + square), tl.load(f1 + 3 * N1 * N1 + square)
+    er, ei = _half_inverse(
+        (real / top).to(tl.float16), (imaginary / top).to(tl.float16), (f1, f2, twiddle), False, N1, N2
+    )
+    tr, ti = _both(f1 + 2 * N1 * N1, False, N1, N1)
     size = top * tl.sqrt((N1 * N2) * 1.0)
     past = tl.dot(ti, ei, tl.dot(tr, er)) * size
     tl.store(d_kernel + d * lags + grid, past.to(d_kernel.dtype.element_ty), mask=grid < lags)
