@@ -178,10 +178,8 @@ def op_arguments(norm, residual, rate, gated):
 def test_ops_are_registered_as_torch_wants_them(norm, residual, rate, gated):
     arguments = op_arguments(norm, residual, float(rate), gated)
     torch.library.opcheck(forward_op, arguments)
-    detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
-    _, *bits = forward_op(*detached)
-    x, _, *others = detached
-    torch.library.opcheck(backward_op, (draw(20, 10, seed=1, device=DEVICE), *bits, x, not residual, *others))
+    x, _, *others = (a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
+    torch.library.opcheck(backward_op, (draw(20, 10, seed=1, device=DEVICE), x, not residual, *others))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])

@@ -104,7 +104,7 @@ def feed_forward(
         )
     rate = dropout if seed is not None else 0.0
     given = _Given(w1, b1, w2, b2, w3, gain, shift, mean, rstd, seed, norm, bounded, rate, dtype)
-    return torch.ops.chela.feed_forward.default(x, residual, *given)[0]
+    return torch.ops.chela.feed_forward.default(x, residual, *given)
 
 
 class _Given(NamedTuple):
@@ -137,12 +137,10 @@ _GIVEN = (
     "Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor? w3, Tensor? gain, Tensor? shift, Tensor? mean, Tensor? rstd, "
     "Tensor? seed, str norm, bool bounded, float dropout, ScalarType dtype"
 )
-torch.library.define(
-    "chela::feed_forward", f"(Tensor x, Tensor? residual, {_GIVEN}) -> (Tensor, Tensor, Tensor)", tags=_TAG
-)
+torch.library.define("chela::feed_forward", f"(Tensor x, Tensor? residual, {_GIVEN}) -> Tensor", tags=_TAG)
 torch.library.define(
     "chela::feed_forward_backward",
-    f"(Tensor dy, Tensor hidden, Tensor bits, Tensor x, bool own, {_GIVEN}) -> ({', '.join(['Tensor'] * 10)})",
+    f"(Tensor dy, Tensor x, bool own, {_GIVEN}) -> ({', '.join(['Tensor'] * 10)})",
     tags=_TAG,
 )
 
@@ -160,7 +158,7 @@ class _Launch:
         plans = TIGHT_PLANS if not roomy(x.device) else PLANS if w3 is None else GATED_PLANS
         self.plan = plans[dtype.itemsize][self.block]
         self.padded = ceil(self.f, 64) * 64
-        self.scale = scale(given.dropout)
+        self.drops = (given.seed, threshold(given.dropout), scale(given.dropout))
         # The gain's one number for all channels is read D times.
         gain, shift, norm = given.gain, given.shift, given.norm
         self.gains = {"GAIN": gain is not None, "GAIN_STEP": int(norm != "scale"), "SHIFT": shift is not None}
@@ -197,30 +195,28 @@ class _Launch:
 
 
 @torch.library.impl("chela::feed_forward", "default")
-def _forward(x: Tensor, residual: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    """Output and, for the backward pass, what dropout keeps of the hidden columns and of the output, a bit for each."""
+def _forward(x: Tensor, residual: Tensor | None, *arguments: Any) -> Tensor:
     given = _Given(*arguments)
-    out, hidden, bits = _forward_shapes(x, residual, *arguments)
+    out = _forward_shape(x, residual, *arguments)
     if not out.numel():
-        return out, hidden, bits
+        return out
     with torch.cuda.device_of(x):
         on = _Launch(x, given)
         tile = on.plan.forward
         x = x.contiguous()
         grid(kernels.feed_forward, on.tiles(tile))(
-            out, hidden, bits, x, x if residual is None else residual.contiguous(), *on.weights, given.b2.contiguous(),
-            dense(given.mean), dense(given.rstd), given.seed, on.rows, threshold(given.dropout), on.scale,
-            **on.norm, **on.sizes(tile),
+            out, x, x if residual is None else residual.contiguous(), *on.weights, given.b2.contiguous(),
+            dense(given.mean), dense(given.rstd), on.drops[0], on.rows, *on.drops[1:], **on.norm, **on.sizes(tile),
         )  # fmt: skip
-    return out, hidden, bits
+    return out
 
 
 @torch.library.impl("chela::feed_forward_backward", "default")
-def _backward(dy: Tensor, hidden: Tensor, bits: Tensor, x: Tensor, own: bool, *arguments: Any) -> tuple[Tensor, ...]:
+def _backward(dy: Tensor, x: Tensor, own: bool, *arguments: Any) -> tuple[Tensor, ...]:
     """Gradients of x (with the residual's if x is it) and of all parameters, empty for None."""
     given = _Given(*arguments)
     norm, dtype = given.norm, given.dtype
-    results = _backward_shapes(dy, hidden, bits, x, own, *arguments)
+    results = _backward_shapes(dy, x, own, *arguments)
     dx, dw1, db1, dw2, db2, dw3, dgain, dshift, dmean, drstd = results
     if not x.numel():
         return tuple(result.zero_() for result in results)
@@ -232,21 +228,21 @@ def _backward(dy: Tensor, hidden: Tensor, bits: Tensor, x: Tensor, own: bool, *a
             torch.empty_like(like, dtype=dtype) if write else like for like, write in zip((x, dy), writes, strict=True)
         )
         tile = on.plan.row_gradients
+        bits = x.new_empty(on.rows if given.seed is not None else 0, on.block // 8, dtype=torch.uint8)
         grid(kernels_backward.row_gradients, on.tiles(tile))(
             dx, xh, dz, bits, dy, x, *on.weights, dense(given.mean), dense(given.rstd),
-            hidden, on.rows, on.scale,
+            on.drops[0], on.rows, *on.drops[1:],
             OWN=own, WRITE_XH=writes[0], WRITE_DZ=writes[1], **on.norm, **on.sizes(tile),
         )  # fmt: skip
         tile = on.plan.weight_gradients
         slices = on.padded // tile.hidden
         splits = min(on.tiles(tile), max(on.programs // slices, 1))
-        products = 1 if given.w3 is None else 2  # behind the norm
-        size = ((products + 1) * on.padded + 1) * on.block + products * on.padded
+        hidden = 1 if given.w3 is None else 2  # products behind the norm
+        size = ((hidden + 1) * on.padded + 1) * on.block + hidden * on.padded
         parts = x.new_empty(splits, size, dtype=torch.float32)
         grid(kernels_backward.weight_gradients, slices, splits)(
-            parts, xh, dz, *on.weights, given.seed, on.rows, splits, threshold(given.dropout), on.scale,
-            **on.sizes(tile),
-        )  # fmt: skip
+            parts, xh, dz, *on.weights, on.drops[0], on.rows, splits, *on.drops[1:], **on.sizes(tile)
+        )
         # One gain for all channels has the sum of theirs as its gradient.
         gains = dgain.new_empty(on.d, dtype=torch.float32) if norm == "scale" else dgain
         grid(kernels_backward.sum_parts, on.d)(
@@ -261,37 +257,28 @@ def _backward(dy: Tensor, hidden: Tensor, bits: Tensor, x: Tensor, own: bool, *a
 
 
 @torch.library.register_fake("chela::feed_forward")
-def _forward_shapes(x: Tensor, residual: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    given = _Given(*arguments)
-    f, d = given.w1.shape
-    out = x.new_empty(x.shape, dtype=x.dtype if residual is None else residual.dtype)
-    columns = (ceil(f, 64) * 64, max(64, power(d))) if given.seed is not None else (0, 0)
-    return out, *(x.new_empty((*x.shape[:-1], n // 8), dtype=torch.uint8) for n in columns)
+def _forward_shape(x: Tensor, residual: Tensor | None, *arguments: Any) -> Tensor:
+    return x.new_empty(x.shape, dtype=x.dtype if residual is None else residual.dtype)
 
 
 @torch.library.register_fake("chela::feed_forward_backward")
-def _backward_shapes(
-    dy: Tensor, hidden: Tensor, bits: Tensor, x: Tensor, own: bool, *arguments: Any
-) -> tuple[Tensor, ...]:
+def _backward_shapes(dy: Tensor, x: Tensor, own: bool, *arguments: Any) -> tuple[Tensor, ...]:
     inputs = x, *_Given(*arguments).differentiable
     return tuple(x.new_empty(0) if like is None else like.new_empty(like.shape) for like in inputs)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, residual, *arguments = inputs
     given = _Given(*arguments)
     ctx.own = residual is None
     ctx.options = given.norm, given.bounded, given.dropout, given.dtype
-    ctx.save_for_backward(*output[1:], x, *given.differentiable, given.seed)
-    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, *given.differentiable, given.seed)
 
 
-def _differentiate(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    hidden, bits, x, *tensors = ctx.saved_tensors
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, *tensors = ctx.saved_tensors
     given = _Given(*tensors, *ctx.options)
-    if dy is None:
-        return (None,) * (2 + len(given))
-    dx, *gradients = torch.ops.chela.feed_forward_backward.default(dy, hidden, bits, x, ctx.own, *given)
+    dx, *gradients = torch.ops.chela.feed_forward_backward.default(dy, x, ctx.own, *given)
     wanted = (
         None if like is None else gradient for like, gradient in zip(given.differentiable, gradients, strict=True)
     )

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from chela.ops.activation_kernels import sigmoid, tanh
-from chela.ops.dropout_kernels import draw, drawn
+from chela.ops.dropout_kernels import keep
 
 
 @triton.jit
@@ -119,6 +119,15 @@ def normalise(x, inside, of_batch, EPS: tl.constexpr, NORM: tl.constexpr, D: tl.
 
 
 @triton.jit
+def dropped(x, seed_ptr, row, first, threshold, scale, STREAM: tl.constexpr, DROP: tl.constexpr):
+    """A tile [M, N] whose first column is `first` with some entries zero and the others scaled."""
+    if DROP:
+        kept = keep(tl.load(seed_ptr), row, first, threshold, STREAM, x.shape[1])
+        x *= tl.where(kept, scale, 0.0)
+    return x
+
+
+@triton.jit
 def slice_of(w_ptr, first, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr):
     """A folded matrix's slice of F, [BLOCK_F, BLOCK_D]."""
     return tl.load(w_ptr + (first + tl.arange(0, BLOCK_F))[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :])
@@ -142,8 +151,6 @@ def rows_of(tile, rows, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, D: tl.cons
 @triton.jit(do_not_specialize=["rows", "threshold"])
 def feed_forward(
     out_ptr,  # [ROWS, D]
-    hidden_ptr,  # [ROWS, F / 8] uint8: what dropout keeps of the hidden columns, for the backward pass
-    bits_ptr,  # [ROWS, BLOCK_D / 8] uint8: and of the output
     x_ptr,  # [ROWS, D]
     residual_ptr,  # [ROWS, D]
     w1_ptr,  # folded
@@ -173,12 +180,6 @@ def feed_forward(
     """Outputs of a tile of BLOCK_M rows."""
     d = tl.arange(0, BLOCK_D)
     row, at, inside = rows_of(tl.program_id(0), rows, BLOCK_M, BLOCK_D, D)
-    if DROP:
-        seed = tl.load(seed_ptr)
-        draw(bits_ptr, seed, row, 0, row < rows, threshold, 1, BLOCK_D, BLOCK_D)
-        for first in range(0, F, 64):
-            draw(hidden_ptr, seed, row, first, row < rows, threshold, 0, 64, F)
-        tl.debug_barrier()
     of_batch = statistics(mean_ptr, rstd_ptr, NORM, D, BLOCK_D)
     xh, _ = normalise(tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32), inside, of_batch, EPS, NORM, D)
     xh = xh.to(w1_ptr.dtype.element_ty)
@@ -192,12 +193,9 @@ def feed_forward(
         if GATED:
             u = product(xh, w3, b3_ptr, first)
             a *= tanh(u) if BOUNDED else u
-        if DROP:
-            a *= tl.where(drawn(hidden_ptr, row, first, row < rows, BLOCK_F, F), scale, 0.0)
+        a = dropped(a, seed_ptr, row, first, threshold, scale, 0, DROP)
         acc = tl.dot(a.to(w2.dtype), w2, acc, input_precision="tf32x3")
     b2 = tl.load(b2_ptr + d, mask=d < D, other=0.0).to(tl.float32)
-    acc += b2[None, :]
-    if DROP:
-        acc *= tl.where(drawn(bits_ptr, row, 0, row < rows, BLOCK_D, BLOCK_D), scale, 0.0)
+    acc = dropped(acc + b2[None, :], seed_ptr, row, 0, threshold, scale, 1, DROP)
     residual = tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + at, (residual + acc).to(out_ptr.dtype.element_ty), mask=inside)

@@ -22,13 +22,13 @@ import triton
 import triton.language as tl
 
 from chela.ops.activation_kernels import sigmoid, tanh
-from chela.ops.dropout_kernels import drawn, drawn_loaded, keep
+from chela.ops.dropout_kernels import keep, keep_loaded
 from chela.ops.feed_forward.kernels import normalise, product, rows_of, slice_of, statistics
 
 
 @triton.jit
 def _hidden(
-    xh, dz, w1, w2, w3, b1_ptr, b3_ptr, first, kept, scale,
+    xh, dz, w1, w2, w3, b1_ptr, b3_ptr, seed_ptr, row, first, threshold, scale,
     GATED: tl.constexpr, BOUNDED: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
     """Dh, du and a [M, BLOCK_F] from rows [M, BLOCK_D] and a slice of the weights; not GATED, du is dh."""
@@ -38,7 +38,7 @@ def _hidden(
     a = h * gate
     slope = gate + a * (1 - gate)
     if DROP:
-        factor = tl.where(kept, scale, 0.0)
+        factor = tl.where(keep(tl.load(seed_ptr), row, first, threshold, 0, h.shape[1]), scale, 0.0)
         a *= factor
         slope *= factor
     dh = da * slope
@@ -54,12 +54,12 @@ def _hidden(
     return dh, du, a
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "threshold"])
 def row_gradients(
     dx_ptr,  # [ROWS, D]
     xh_ptr,  # [ROWS, D] for the weights' gradients, in the products' type; x itself if it is not written
     dz_ptr,  # [ROWS, D], likewise; dy itself
-    bits_ptr,  # [ROWS, BLOCK_D / 8] uint8: what dropout has kept of the output
+    bits_ptr,  # [ROWS, BLOCK_D / 8] uint8: what dropout keeps of the output, on its way between threads
     dy_ptr,  # [ROWS, D]
     x_ptr,  # [ROWS, D]
     w1_ptr,  # folded
@@ -69,8 +69,9 @@ def row_gradients(
     b3_ptr,  # folded, GATED
     mean_ptr,  # [D], of batch norm
     rstd_ptr,  # [D]
-    hidden_ptr,  # [ROWS, F / 8] uint8: what dropout has kept of the hidden columns
+    seed_ptr,  # []
     rows,
+    threshold,
     scale,
     D: tl.constexpr,
     F: tl.constexpr,
@@ -98,7 +99,8 @@ def row_gradients(
     if WRITE_DZ:
         dz = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if DROP:
-            dz *= tl.where(drawn_loaded(bits_ptr, row, row < rows, BLOCK_D), scale, 0.0)
+            kept = keep_loaded(bits_ptr, tl.load(seed_ptr), row, row < rows, threshold, 1, BLOCK_D)
+            dz *= tl.where(kept, scale, 0.0)
         tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=inside)
     tl.debug_barrier()  # what is loaded goes to matrix units through shared memory, what is computed does not
     xh_tile = tl.load(xh_ptr + at, mask=inside, other=0.0)
@@ -108,8 +110,10 @@ def row_gradients(
         w1 = slice_of(w1_ptr, first, BLOCK_F, BLOCK_D)
         w2 = slice_of(w2_ptr, first, BLOCK_F, BLOCK_D)
         w3 = slice_of(w3_ptr, first, BLOCK_F, BLOCK_D) if GATED else w1
-        kept = drawn(hidden_ptr, row, first, row < rows, BLOCK_F, F) if DROP else None
-        dh, du, _ = _hidden(xh_tile, dz_tile, w1, w2, w3, b1_ptr, b3_ptr, first, kept, scale, GATED, BOUNDED, DROP)
+        dh, du, _ = _hidden(
+            xh_tile, dz_tile, w1, w2, w3, b1_ptr, b3_ptr, seed_ptr, row, first, threshold, scale,
+            GATED, BOUNDED, DROP,
+        )  # fmt: skip
         dxh = tl.dot(dh.to(w1.dtype), w1, dxh, input_precision="tf32x3")
         if GATED:
             dxh = tl.dot(du.to(w3.dtype), w3, dxh, input_precision="tf32x3")
@@ -126,7 +130,7 @@ def row_gradients(
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "splits", "threshold"])
+@triton.jit(do_not_specialize=["rows", "threshold", "splits"])
 def weight_gradients(
     parts_ptr,  # [splits, SIZE] float32: this split's G, dW2 [, G3], each [BLOCK_D, F], db1 [, db3] [F], db2 [BLOCK_D]
     xh_ptr,  # [ROWS, D]
@@ -170,9 +174,9 @@ def weight_gradients(
         dz = tl.load(dz_ptr + at, mask=inside, other=0.0)
         if first == 0:
             db2 += tl.sum(tl.reshape(dz.to(tl.float32), [BLOCK_M // 16, 16, BLOCK_D]), axis=0)
-        # Drawn again, not read: the layout of what is read spreads to what is summed, which then changes hands.
-        kept = keep(tl.load(seed_ptr), row, first, threshold, 0, BLOCK_F) if DROP else None
-        dh, du, a = _hidden(xh, dz, w1, w2, w3, b1_ptr, b3_ptr, first, kept, scale, GATED, BOUNDED, DROP)
+        dh, du, a = _hidden(
+            xh, dz, w1, w2, w3, b1_ptr, b3_ptr, seed_ptr, row, first, threshold, scale, GATED, BOUNDED, DROP
+        )
         # Rows beyond the end have dz = 0 and so dh = du = 0.
         db1 += tl.sum(tl.reshape(dh, [BLOCK_M // 16, 2, 8, BLOCK_F]), axis=1)
         g = tl.dot(tl.trans(xh), dh.to(xh.dtype), g, input_precision="tf32x3")
