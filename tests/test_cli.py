@@ -206,8 +206,6 @@ LINES = {
     "train digits now": r"unexpected argument 'now'",
     "train digits --model.dropout 2": r"model.dropout must lie in \[0, 1\), got 2",
     "train digits --model.d-value 9 --model.heads 2": r"model.d_value 9 is not a multiple of model.heads 2",
-    "train digits --model.symmetric": r"model.short_width must be odd, or 0; got 4",
-    "train digits --model.symmetric --model.causal": r"model.symmetric kernels look both ways: set model.causal false",
     "train digits --train.time-limit 1..5m": r"a duration looks like 90s, 9m or 1h30m; got '1\.\.5m'",
     "train digits --train.time-limit .s": r"a duration looks like 90s, 9m or 1h30m; got '\.s'",
     "train digits --model.branches wide": r"--model.branches does not take \['wide'\]",

@@ -148,26 +148,6 @@ def test_merge_folds_exactly(kind, causal, branch_norm):
     assert relative(after, separate) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["dense", "multiscale"])
-@pytest.mark.parametrize("branch_norm", [True, False])
-def test_symmetric_kernels_turn_with_the_sequence(kind, branch_norm):
-    module = layer(False, symmetric=True, kernel=kind, branch_norm=branch_norm, branches=(1, 7))
-    x = torch.randn(2, 50, D, dtype=torch.float64)[:, :40]
-    y, _ = module(x)
-    assert relative(module(x.flip(1))[0], y.flip(1)) < 1e-10
-    assert relative(module.train()(x.flip(1))[0], module(x)[0].flip(1)) < 1e-10
-    assert not any("future" in name for name, _ in module.named_parameters())
-    module.eval().convolution.merge()
-    assert relative(module(x.flip(1))[0], module(x)[0].flip(1)) < 1e-10
-
-
-def test_what_symmetric_kernels_do_not_go_with_is_refused():
-    with pytest.raises(ValueError, match="symmetric kernels look both ways"):
-        layer(True, symmetric=True)
-    with pytest.raises(ValueError, match="symmetric kernels have a middle: short_width must be odd, or 0; got 4"):
-        layer(False, symmetric=True, short_width=4)
-
-
 def _without_kernel(conv):
     bare = ShortLongConv(D, kernel_length=0, causal=conv.causal)
     bare.load_state_dict({name: value for name, value in conv.state_dict().items() if name.startswith("short")})

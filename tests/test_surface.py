@@ -55,9 +55,8 @@ OPTIONS = {
         " --model.kind --model.inputs --model.vocab --model.channels --model.classes --model.layers --model.mixer"
         " --model.d-model --model.d-ff --model.feed-forward --model.d-key --model.d-value --model.heads --model.causal"
         " --model.short-width --model.kernel-length --model.kernel --model.taps-per-octave --model.branches"
-        " --model.branch-norm --model.symmetric --model.squash --model.tap-dropout --model.attention"
-        " --model.attention-norm --model.decay --model.norm --model.prenorm --model.dropout --model.token-dropout"
-        " --model.pooling"
+        " --model.branch-norm --model.squash --model.tap-dropout --model.attention --model.attention-norm"
+        " --model.decay --model.norm --model.prenorm --model.dropout --model.token-dropout --model.pooling"
         " --model.merged --data.task --data.root --data.encoding --data.vocab --data.packed --data.rate"
         " --data.max-length --data.min-length --data.examples"
         " --data.distractors --data.seed"
@@ -129,7 +128,6 @@ VARIANTS: dict[str, tuple[dict, set[str], set[str]]] = {
         set(),
         keys({f"{CONVOLUTION}.norms.{i}": f"{NORM} {STATISTICS}" for i in range(3)}, ""),
     ),
-    "symmetric": ({"causal": False, "symmetric": True, "short_width": 3}, set(), set()),
     "merged": ({"merged": True}, PAST, {f"{CONVOLUTION}.past"}),
     "merged, bidirectional": (
         {"merged": True, "causal": False},

@@ -75,8 +75,6 @@ class ModelConfig:
     """Widths of the short branches that train beside the long kernel and fold into it."""
     branch_norm: bool = False
     """Batch norm on each branch (folded on merge); needs one convolution a branch while training."""
-    symmetric: bool = False
-    """The same taps into the future as into the past in both convolutions: a sequence turned round means the same."""
     squash: float = 0.0
     """Soft threshold on the taps of the long kernel."""
     tap_dropout: float = 0.0
@@ -126,11 +124,6 @@ class ModelConfig:
                 self.d_model % (2 * self.heads) == 0,
                 f"model.d_model {self.d_model} must be a multiple of twice model.heads {self.heads}",
             )
-        _require(not (self.causal and self.symmetric), "model.symmetric kernels look both ways: set model.causal false")
-        _require(
-            not self.symmetric or self.short_width % 2 == 1 or self.short_width == 0,
-            f"model.symmetric kernels have a middle: model.short_width must be odd, or 0; got {self.short_width}",
-        )
         _require(self.causal or not self.decay, "model.decay needs model.causal true")
         _require(
             self.attention or self.kernel_length > 0 or self.short_width > 0,

@@ -42,11 +42,10 @@ class ChelaLayer(nn.Module):
         decay: see `GatedLinearAttention`.
         kernel_length: taps of the long convolution; 0 leaves it out.
         short_width: taps of the short convolution; 0 leaves it out.
-        kernel: see `ShortLongConv`, as are taps_per_octave, branches, branch_norm, symmetric, squash and tap_dropout.
+        kernel: see `ShortLongConv`, as are taps_per_octave, branches, branch_norm, squash and tap_dropout.
         taps_per_octave: parameters an octave of the "multiscale" kernel.
         branches: widths of the short branches.
         branch_norm: batch norm on each branch.
-        symmetric: the same taps into the future as into the past, in both convolutions.
         squash: soft threshold on the long taps.
         tap_dropout: share of long taps dropped while training.
         dropout: on h while training.
@@ -72,7 +71,6 @@ class ChelaLayer(nn.Module):
         taps_per_octave: int = 16,
         branches: tuple[int, ...] = (7, 31),
         branch_norm: bool = False,
-        symmetric: bool = False,
         squash: float = 0.0,
         tap_dropout: float = 0.0,
         dropout: float = 0.0,
@@ -90,7 +88,6 @@ class ChelaLayer(nn.Module):
             taps_per_octave=taps_per_octave,
             branches=branches,
             branch_norm=branch_norm,
-            symmetric=symmetric,
             squash=squash,
             tap_dropout=tap_dropout,
         )

@@ -111,10 +111,8 @@ class BranchedKernel(nn.Module):
     With `branch_norm`, each branch's output also passes a batch norm of its own while training; with the running
     statistics of evaluation that is again a scale and a shift, so the branches still fold.
 
-    `symmetric` branches have the same taps into the future as into the past.
-
     Raises:
-        ValueError: an unknown kind, a number out of its range (names it), or symmetric and causal.
+        ValueError: an unknown kind, or a number out of its range (names it).
     """
 
     def __init__(
@@ -127,13 +125,10 @@ class BranchedKernel(nn.Module):
         taps_per_octave: int = 16,
         branches: tuple[int, ...] = (7, 31),
         branch_norm: bool = False,
-        symmetric: bool = False,
         squash: float = 0.0,
         tap_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if symmetric and causal:
-            raise ValueError("symmetric kernels look both ways: with causal=True leave symmetric False")
         if kind not in get_args(KernelKind):
             raise ValueError(f"kernel must be {' or '.join(get_args(KernelKind))}; got {kind!r}")
         if taps_per_octave < 1:
@@ -145,7 +140,6 @@ class BranchedKernel(nn.Module):
                 f"squash must not be negative and tap_dropout lie in [0, 1); got {squash} and {tap_dropout}"
             )
         self.d_model, self.length, self.causal, self.squash = d_model, length, causal, squash
-        self.symmetric = symmetric
         self.tap_dropout = nn.Dropout(tap_dropout)
         directions = 1 if causal or length == 1 else 2
 
@@ -154,10 +148,9 @@ class BranchedKernel(nn.Module):
 
         widths = [min(w, length) for w in branches]
         self.past = nn.ModuleList([long_branch(length), *(DenseKernel(d_model, w) for w in widths)])
-        self.future = nn.ModuleList()
-        if directions == 2 and not symmetric:
-            self.future.append(long_branch(length - 1))
-            self.future.extend(DenseKernel(d_model, max(1, w - 1)) for w in widths)
+        self.future = nn.ModuleList(
+            [long_branch(length - 1), *(DenseKernel(d_model, max(1, w - 1)) for w in widths)] if directions == 2 else []
+        )
         count = 1 + len(widths)
         self.scale = nn.Parameter(torch.full((count, d_model), (count * directions) ** -0.5))
         self.norms = nn.ModuleList([BatchNorm(d_model) for _ in range(count)]) if branch_norm else None
@@ -174,8 +167,6 @@ class BranchedKernel(nn.Module):
 
         scale = self.scale[index].unsqueeze(1)
         past = regularised(self.past[index]()) * scale
-        if self.symmetric:
-            return Taps(past, past[:, 1:], None)
         future = regularised(self.future[index]()) * scale if len(self.future) else None
         return Taps(past, future, None)
 

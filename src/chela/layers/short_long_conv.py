@@ -34,14 +34,11 @@ class ShortLongConv(nn.Module):
         taps_per_octave: parameters an octave, for "multiscale".
         branches: widths of the short branches beside the long kernel.
         branch_norm: batch norm on each branch (one convolution a branch while training).
-        symmetric: the same taps into the future as into the past in both stages, so that a sequence turned round gives
-            its output turned round.
         squash: soft threshold on the long branch's taps.
         tap_dropout: share of the long branch's taps dropped while training.
 
     Raises:
-        ValueError: a width, length or share out of its range, an unknown kernel, or symmetric and causal or with an
-            even short_width.
+        ValueError: a width, length or share out of its range, or an unknown kernel.
     """
 
     def __init__(
@@ -55,7 +52,6 @@ class ShortLongConv(nn.Module):
         taps_per_octave: int = 16,
         branches: tuple[int, ...] = (7, 31),
         branch_norm: bool = False,
-        symmetric: bool = False,
         squash: float = 0.0,
         tap_dropout: float = 0.0,
     ) -> None:
@@ -63,9 +59,6 @@ class ShortLongConv(nn.Module):
         for name, value in (("kernel_length", kernel_length), ("short_width", short_width)):
             if value < 0:
                 raise ValueError(f"{name} must not be negative (0 leaves the stage out); got {value}")
-        if symmetric and short_width % 2 == 0 and short_width > 0:
-            raise ValueError(f"symmetric kernels have a middle: short_width must be odd, or 0; got {short_width}")
-        self.symmetric = symmetric
         self.d_model, self.causal, self.kernel_length = d_model, causal, kernel_length
         if short_width > 0:
             bound = short_width**-0.5
@@ -83,7 +76,6 @@ class ShortLongConv(nn.Module):
                 taps_per_octave=taps_per_octave,
                 branches=branches,
                 branch_norm=branch_norm,
-                symmetric=symmetric,
                 squash=squash,
                 tap_dropout=tap_dropout,
             )
@@ -135,10 +127,7 @@ class ShortLongConv(nn.Module):
         after_short = after_long = None
         u = zero_padding(_narrow(x), mask)
         if self.short_weight is not None:
-            weight, bias = self.short_weight, self.short_bias
-            if self.symmetric:
-                weight = (weight + weight.flip(1)) / 2
-            weight = weight.to(u.dtype)
+            weight, bias = self.short_weight.to(u.dtype), self.short_bias
             if before.short is not None and is_step(x, return_state):
                 u, after_short = short_conv_step(
                     u.squeeze(1), weight, bias, state=before.short, activation="silu", impl=impl

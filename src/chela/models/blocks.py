@@ -34,7 +34,6 @@ def _chela(config: ModelConfig) -> ChelaBlock:
         taps_per_octave=config.taps_per_octave,
         branches=config.branches,
         branch_norm=config.branch_norm,
-        symmetric=config.symmetric,
         squash=config.squash,
         tap_dropout=config.tap_dropout,
         dropout=config.dropout,
