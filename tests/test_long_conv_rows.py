@@ -113,9 +113,10 @@ def test_programs_that_take_a_part_of_a_panel_and_several_tiles_in_a_row(size, m
     check(op, inputs_of(2 if DEVICE == "cuda" else 1, 500, 11, 400, reverse=499, dtype=BRAIN))
 
 
-def test_more_rows_than_one_program_sums(monkeypatch):
+def test_more_rows_than_one_program_takes(monkeypatch):
     monkeypatch.setattr(fused, "choose", lambda *sizes, room: "on_chip")
-    check(convolve, inputs_of(2 * on_chip.PART + 1, 5, 2, 4, dtype=BRAIN))
+    rows = 1 + max(2 * on_chip.PART, on_chip.SIZES[1024].part)
+    check(convolve, inputs_of(rows, 5, 2, 4, dtype=BRAIN))
 
 
 def kernels_of(lags):
@@ -184,7 +185,8 @@ def test_the_method_by_shape():
     for length, expected in [
         (1, "toeplitz"),
         (1000, "toeplitz"),
-        (2048, "toeplitz"),
+        (1500, "toeplitz"),
+        (2048, "on_chip"),
         (4096, "on_chip"),
         (8192, "on_chip"),
         (14_113, "panels"),
@@ -195,7 +197,7 @@ def test_the_method_by_shape():
     ]:
         for dtype in (HALF, BRAIN):
             assert choose(dtype, length, length, length, 0) == expected
-            assert choose(dtype, length, length, min(1000, length), 0) == "toeplitz"  # a short kernel
+            assert choose(dtype, length, length, min(500, length), 0) == "toeplitz"  # a short kernel
         for dtype in (torch.float32, torch.float64):
             assert choose(dtype, length, length, length, 0) == "transform"
     assert choose(BRAIN, 8192, 1, 8192, 0) == "on_chip"  # a token after a long state
@@ -209,6 +211,16 @@ def test_the_choice_knows_the_longest_rows():
     for module in modules.values():
         for n, size in module.SIZES.items():
             assert n == math.prod(value for key, value in size._asdict().items() if key.startswith("n"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", on_chip.SIZES)
+@pytest.mark.parametrize("causal", [True, False])
+def test_rows_of_every_size_on_a_gpu(n, causal, nan_memory, monkeypatch):
+    monkeypatch.setattr(fused, "choose", lambda *sizes, room: "on_chip")
+    reverse = None if causal else n - 4
+    op = convolve if causal else functools.partial(long_conv, causal=False, impl="triton")
+    check(op, inputs_of(1 + on_chip.SIZES[n].part, n - 3, 5, n - 3, reverse=reverse, dtype=BRAIN))
 
 
 @pytest.mark.gpu

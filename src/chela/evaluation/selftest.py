@@ -173,6 +173,8 @@ CASES: dict[str, tuple[Case, ...]] = {
         _attention_step(4, 8, 64, 256),
         _short(2, 4099, 128, 4),
         _long(2, 1000, 24, 1000),
+        _long(9, 2048, 24, 2048),
+        _long(9, 4096, 24, 4096),
         _long(1, 4099, 24, 4099),
         _feed_forward(4099, 128, 256),
         _feed_forward(4099, 128, 256, gated=True),

@@ -39,9 +39,10 @@ def gated_output(
         norm(m) = m / sqrt(mean of m^2 over each head's V / H columns + 1e-6)
 
     Without a gain there is no norm: u = silu(gate) * m. The form is MEGA's (Ma et al. 2023). The product takes u and
-    the weight in the dtype of `mixed`; everything else and all sums are in float32 (float64 for float64), whatever
-    autocast says. Dropout is `chela.ops.dropout`'s, of stream 2 of the seed, so that the same seed drops the same
-    entries in every implementation; it may be the seed of a block's `feed_forward` too.
+    the weight in the dtype of `mixed` and is rounded to it; everything else and all sums are in float32 (float64 for
+    float64), whatever autocast says. The product is torch's: in float32 it is as exact as
+    `torch.set_float32_matmul_precision` allows. Dropout is `chela.ops.dropout`'s, of stream 2 of the seed, so that the
+    same seed drops the same entries in every implementation; it may be the seed of a block's `feed_forward` too.
 
     Args:
         m: attention's output [..., V], heads side by side.

@@ -31,12 +31,13 @@ WEIGHT = {
     2: {64: Tile(64, 128, 3), 128: Tile(64, 128, 3), 256: Tile(64, 64, 3)},
     4: {64: Tile(32, 64, 2), 128: Tile(32, 64, 2), 256: Tile(32, 32, 2)},
 }
-VALUES = 2048
-"""Entries of a tile of V's columns, 16 for each of a program's threads."""
-CHANNELS = 1024
+# The fastest of those that were timed at 16 bits, D 128 and V 256 (docs/log.md).
+VALUES = 1024
+"""Entries of a tile of V's columns, 8 for each of a program's threads."""
+CHANNELS = 512
 """Entries of a tile of D's."""
-TILES = 8
-"""Tiles of D's columns that a program walks through."""
+TILES = 16
+"""Such tiles that a program walks through."""
 FOLD = 1024
 """Entries of the weight that one program folds."""
 SHARES = 64

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from chela.ops.activation_kernels import sigmoid
-from chela.ops.dropout_kernels import keep_loaded, kept
+from chela.ops.dropout_kernels import keep_loaded, kept_before
 from chela.ops.gated_output.moment_kernels import counted, pushes, store_part, take_in
 
 
@@ -134,8 +134,8 @@ def gate_forward(
             pre += bias
         a = pre * sigmoid(pre)
         if DROPS:
-            kept_here = keep_loaded(bits_ptr, tl.load(seed_ptr), row, exists, threshold, STREAM, BD)
-            a = tl.where(kept_here, a * scale, 0.0)
+            kept = keep_loaded(bits_ptr, tl.load(seed_ptr), row, exists, threshold, STREAM, BD)
+            a = tl.where(kept, a * scale, 0.0)
         if KEEP:
             tl.store(pre_ptr + at, pre.to(pre_ptr.dtype.element_ty), mask=there)
         y = (residual + sigmoid(p) * (a - residual)).to(y_ptr.dtype.element_ty)
@@ -192,7 +192,7 @@ def gate_backward(
         mix, open = sigmoid(p.to(tl.float32)), sigmoid(pre)
         a = pre * open
         if DROPS:
-            factor = tl.where(kept(bits_ptr, row, exists, BD), scale, 0.0)
+            factor = tl.where(kept_before(bits_ptr, row, exists, BD), scale, 0.0)
             a *= factor
         if MOMENTS:
             y = residual + mix * (a - residual)

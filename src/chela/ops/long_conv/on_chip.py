@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from chela.ops.launch import roomy
 from chela.ops.long_conv import on_chip_kernels as kernels
 from chela.ops.long_conv.rows import count, from_rows, parts, to_rows, turns
 
@@ -31,20 +32,24 @@ class Size(NamedTuple):
     n1: int
     n2: int
     warps: int
-    held: bool
-    """Tables stay with a program that has several rows: there is room for them."""
+    part: int
+    """Rows of the batch that one program convolves with tables and spectrum that it reads once."""
+    registers: int | None = None
+    """Most of them a thread; fewer let more programs run side by side."""
 
 
 SIZES = {
-    1024: Size(32, 32, 4, True),
-    2048: Size(64, 32, 4, True),
-    4096: Size(64, 64, 4, False),
-    8192: Size(128, 64, 8, False),
+    1024: Size(64, 16, 4, 16),
+    2048: Size(64, 32, 4, 8, 128),
+    4096: Size(64, 64, 4, 8),
+    8192: Size(128, 64, 8, 8),
 }
 """By N. One warpgroup for every 64 rows of N1: more of them than that only split the matrix units' tiles."""
 LONGEST = max(SIZES)
+HELD = 4096
+"""Longest rows whose tables any GPU's shared memory can hold; those of longer ones it holds where it is roomy."""
 PART = 8
-"""Rows of the batch that one program convolves, or whose spectra it sums for the gradient of the taps."""
+"""Rows of the batch whose spectra one program sums for the gradient of the taps."""
 
 
 def fitting(inputs: int) -> int:
@@ -113,7 +118,8 @@ def _convolve(rows: Tensor, spectra: tuple[Tensor, Tensor], *, mirror: bool) -> 
     """[D, B, N] -> [D, B, N]; mirrored, from the gradient of the output to that of the history."""
     channels, batch, n = rows.shape
     size = SIZES[n]
-    out, part = torch.empty_like(rows), PART if size.held else 1
+    held = n <= HELD or roomy(rows.device)
+    out, part = torch.empty_like(rows), size.part if held else 1
     kernels.convolve_rows[(channels, -(-batch // part))](
         rows,
         out,
@@ -122,11 +128,12 @@ def _convolve(rows: Tensor, spectra: tuple[Tensor, Tensor], *, mirror: bool) -> 
         batch,
         MIRROR=mirror,
         PART=part,
-        HELD=size.held,
+        HELD=held,
         N1=size.n1,
         N2=size.n2,
         num_warps=size.warps,
-        num_stages=2 if size.held else 1,  # the next row's entries; tables would be fetched ahead as well
+        num_stages=2 if held else 1,  # the next row's entries; tables would be fetched ahead as well
+        maxnreg=size.registers,
     )
     return out
 
