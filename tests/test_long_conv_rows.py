@@ -63,8 +63,8 @@ def test_a_full_row_never_wraps_around(name, causal):
 
 
 PARTS = ["one tap", "a few", "a third", "all", "more", "both ways"]
-INTERPRETED = [(14_113, "one tap"), (14_113, "more"), (14_113, "both ways"), (65_537, "a third"), (65_537, "both ways")]
-"""The others take the interpreter three minutes."""
+INTERPRETED = [(14_113, "more"), (14_113, "both ways"), (65_537, "both ways")]
+"""The others take the interpreter four minutes."""
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,13 @@ def test_the_op_is_well_registered(name):
     torch.library.opcheck(torch.ops.chela.long_conv.default, (*(leaf.requires_grad_() for leaf in leaves), 25))
 
 
-@pytest.mark.parametrize("size", [panels.Size(16, 32, 16, 4, part=4, sum_part=2), panels.Size(16, 16, 32, 4)])
+@pytest.mark.parametrize(
+    "size",
+    [
+        panels.Size(16, 32, 16, 4, part=4, sum_part=2),
+        pytest.param(panels.Size(16, 16, 32, 4), marks=pytest.mark.gpu),  # half a minute in the interpreter
+    ],
+)
 def test_programs_that_take_a_part_of_a_panel_and_several_tiles_in_a_row(size, monkeypatch):
     monkeypatch.setitem(panels.SIZES, 8192, size)
     monkeypatch.setattr(fused, "choose", lambda *sizes, room: "panels")
