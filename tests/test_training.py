@@ -15,10 +15,12 @@ from chela.data import Batch, indices_at
 from chela.models import build, load_model
 from chela.training import NonFinite, evaluate, journal, train
 from chela.training.device import compute_type, peak_memory, pick_device
-from chela.training.guard import check_weights
-from chela.training.metrics import better
+from chela.training.guard import Guard, check_weights
+from chela.training.metrics import better, forward, score
+from chela.training.optim import make_optimizer
 from chela.training.step import Objective, clip_gradients, compute_gradients, dropout_seed
 from chela.training.stream import Source, Stream
+from chela.training.update import Learner
 from test_checkpoint import assert_same_run, tree  # pyrefly: ignore
 from training_kit import CLASSES, LENGTH, VOCAB, make_run, make_task, run_tiny, tiny_task  # pyrefly: ignore
 
@@ -223,9 +225,27 @@ def test_any_slicing_gives_the_same_gradient(tmp_path, doubles, kind):
         scores.append(compute_gradients(Objective(model), share.parts, share.targets, 0, 3, CPU, torch.float32))
         gradients.append(torch.cat([g.flatten() for g in gradients_of(model)]))
     # float64: a few hundred rounded additions of numbers no larger than the largest gradient
-    for gradient, score in zip(gradients, scores, strict=True):
+    for gradient, each in zip(gradients, scores, strict=True):
         torch.testing.assert_close(gradient, gradients[0], rtol=0, atol=1e-12 * float(gradients[0].abs().max()))
-        torch.testing.assert_close(score, scores[0], rtol=1e-12, atol=0)
+        torch.testing.assert_close(each, scores[0], rtol=1e-12, atol=0)
+
+
+def test_label_smoothing_spreads_a_share_of_each_label_while_training_alone(tmp_path, doubles):
+    run, task = make_run(tmp_path, model={"dropout": 0.0}, label_smoothing=0.3), make_task()
+    torch.manual_seed(0)
+    model = build(run.model)
+    batch = task.train.batch(np.arange(8))
+    guard, sums = Guard(CPU), torch.zeros(3, dtype=torch.float64)
+    learner = Learner(model, make_optimizer(model, run.optim), guard, sums, run, torch.float32)
+    loss, hits, _ = learner.objective()(batch)
+    log_p = forward(model, batch).log_softmax(-1)
+    own = -log_p.gather(1, batch.labels[:, None]).sum()
+    torch.testing.assert_close(loss, 0.7 * own - 0.3 * log_p.mean(1).sum(), rtol=1e-12, atol=0)
+    plain, plain_hits = score(forward(model, batch), batch.labels)
+    torch.testing.assert_close(plain, own, rtol=1e-12, atol=0)
+    assert hits == plain_hits
+    with pytest.raises(ValueError, match=r"train\.label_smoothing is for classifiers"):
+        replace(run, model=replace(run.model, kind="causal-lm", causal=True))
 
 
 def test_the_gradient_is_that_of_the_mean_over_the_global_batch(tmp_path, doubles):

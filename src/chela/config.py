@@ -227,6 +227,8 @@ class TrainConfig:
     carry_state: bool = False
     """Each row of the batch reads on where it stopped, with the state of the step before (a language model's, cut from
     its gradient: truncated backpropagation through time)."""
+    label_smoothing: float = 0.0
+    """Share of each label that training spreads evenly over all classes (classifiers); results never do."""
     accumulate: int = 1
     """Slices a process cuts its share of the batch into, to save memory."""
     checkpoint_blocks: bool = False
@@ -274,6 +276,7 @@ class TrainConfig:
             _require(getattr(self, name) >= 1, f"train.{name} must be at least 1, got {getattr(self, name)}")
         for name in ("bucket_batches", "length_warmup", "eval_batch_size", "eval_examples", "chance_after"):
             _require(getattr(self, name) >= 0, f"train.{name} must not be negative, got {getattr(self, name)}")
+        _require(0 <= self.label_smoothing < 1, f"train.label_smoothing must lie in [0, 1), got {self.label_smoothing}")
         _require(0 <= self.minutes < math.inf, f"train.minutes must be finite and not negative, got {self.minutes}")
         _require(
             not (self.length_warmup and self.carry_state),
@@ -308,6 +311,10 @@ class RunConfig:
             _require(
                 plain, f"{name} {str(path)!r} is not UTF-8, and config.toml could not name it: take another folder"
             )
+        _require(
+            not (self.train.label_smoothing and self.model.kind == "causal-lm"),
+            "train.label_smoothing is for classifiers: a language model's loss is that of its symbols, set it to 0",
+        )
         _require(
             not (self.data.packed and self.train.length_warmup),
             "train.length_warmup cuts windows, and data.packed has none: take one of them",

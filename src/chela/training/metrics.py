@@ -26,27 +26,32 @@ def forward(model: nn.Module, batch: Batch) -> Tensor:
     return model(batch.inputs, batch.mask)
 
 
-def score(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the cross-entropy (nats, at least float32) and number of hits over all labels that count."""
+def score(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Sum of the cross-entropy (nats, at least float32) and number of hits over all labels that count.
+
+    With `smoothing` that share of each label is spread evenly over all classes (Szegedy et al. 2016).
+    """
     logits, labels = logits.flatten(0, -2), labels.flatten()
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
-    loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
+    loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED, label_smoothing=smoothing)
     return loss, (logits.detach().argmax(-1) == labels).sum()
 
 
 def loss_and_hits(
-    model: nn.Module, batch: Batch, state: ChelaState | None = None
+    model: nn.Module, batch: Batch, state: ChelaState | None = None, smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor, ChelaState | None]:
     """Sum of the loss and number of hits of a batch; a language model's logits never all lie in memory.
 
-    With a state, a language model reads on from it, and the state after the batch comes third.
+    With a state, a language model reads on from it, and the state after the batch comes third. `smoothing` is that of
+    `score`, for classifiers.
     """
     if isinstance(model, CausalLM):
+        assert not smoothing
         carry = {"state": state, "return_state": state is not None}
         return model.loss(batch.inputs, batch.labels, batch.mask, batch.cu_seqlens, **carry)
     assert state is None
-    return *score(forward(model, batch), batch.labels), None
+    return *score(forward(model, batch), batch.labels, smoothing), None
 
 
 def outputs(model: nn.Module) -> int:

@@ -17,13 +17,13 @@ from chela.training.metrics import loss_and_hits
 class Objective(nn.Module):
     """A model together with its loss: what DDP wraps, since it must see all of a forward pass."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, smoothing: float = 0.0) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.smoothing = model, smoothing
 
     def forward(self, batch: Batch, state: ChelaState | None = None) -> tuple[Tensor, Tensor, ChelaState | None]:
         """Loss, hits and state of `loss_and_hits`."""
-        return loss_and_hits(self.model, batch, state)
+        return loss_and_hits(self.model, batch, state, self.smoothing)
 
 
 def compute_gradients(

@@ -46,6 +46,10 @@ class Learner:
     carried: Carried | None = None
     """The rows' state, where it is carried from step to step."""
 
+    def objective(self) -> Objective:
+        """The model with the loss it learns by."""
+        return Objective(self.model, self.run.train.label_smoothing)
+
     def apply(self, scores: Tensor, step: int | Tensor) -> None:
         """Clip, update (unless a step so far was not finite) and forget the gradients; add scores and norm to the sums.
 
@@ -95,7 +99,7 @@ class PlainUpdate:
 
     def __init__(self, learner: Learner) -> None:
         self.learner = learner
-        self.parallel: nn.Module | None = distributed.wrap(Objective(learner.model), learner.sums.device)
+        self.parallel: nn.Module | None = distributed.wrap(learner.objective(), learner.sums.device)
 
     def __call__(self, share: Share, targets: int, step: int) -> None:
         """Update the weights with this process's share."""
@@ -126,7 +130,7 @@ class GraphedUpdate:
     """An update that is recorded when a shape of batch is first met, and replayed from then on."""
 
     def __init__(self, learner: Learner) -> None:
-        self.learner, self.objective = learner, Objective(learner.model)
+        self.learner, self.objective = learner, learner.objective()
         device = learner.sums.device
         self.step = torch.zeros((), dtype=torch.float64, device=device)
         self.weight = torch.zeros((), device=device)  # of each target in the loss
