@@ -219,6 +219,8 @@ class TrainConfig:
     """Batches whose sequences are sorted by length together, so that a batch holds like lengths; 0 sorts nothing."""
     pad_multiple: int = 1
     """Sequences are padded to a multiple of this many steps: fewer different lengths to compile and record for."""
+    label_smoothing: float = 0.0
+    """Share of each label that training spreads evenly over all classes (classifiers); results never do."""
     length_warmup: int = 0
     """Steps over which the windows of a language model double from first_length to their full length, in equal stages;
     the tokens a step stay the same. 0 starts with full windows."""
@@ -227,8 +229,6 @@ class TrainConfig:
     carry_state: bool = False
     """Each row of the batch reads on where it stopped, with the state of the step before (a language model's, cut from
     its gradient: truncated backpropagation through time)."""
-    label_smoothing: float = 0.0
-    """Share of each label that training spreads evenly over all classes (classifiers); results never do."""
     accumulate: int = 1
     """Slices a process cuts its share of the batch into, to save memory."""
     checkpoint_blocks: bool = False
