@@ -11,6 +11,7 @@ from chela.config import ModelConfig
 from chela.layers import LayerState, ShortLongConv
 from chela.layers.norms import make_norm
 from chela.models.blocks import make_block
+from chela.models.lookup import Symbols
 from chela.models.state import ChelaState
 from chela.models.transformer import KeyValues
 from chela.ops.impl import Impl
@@ -24,7 +25,7 @@ class Embedding(nn.Module):
         self.inputs, self.vocab, self.channels = config.inputs, config.vocab, config.channels
         self.dropout = config.token_dropout
         if config.inputs == "tokens":
-            self.tokens = nn.Embedding(config.vocab, config.d_model)
+            self.tokens: nn.Embedding = Symbols(config.vocab, config.d_model)
         else:
             self.values = nn.Linear(config.channels, config.d_model)
 
