@@ -20,7 +20,8 @@ class Symbols(nn.Embedding):
 
     def forward(self, input: Int[Tensor, "..."]) -> Float[Tensor, "... d"]:
         """The vectors of symbols [...], 0 to V - 1."""
-        return Lookup.apply(input, self.weight) if input.is_cuda else super().forward(input)
+        learning = self.training and torch.is_grad_enabled()
+        return Lookup.apply(input, self.weight) if input.is_cuda and learning else super().forward(input)
 
 
 class Lookup(torch.autograd.Function):
