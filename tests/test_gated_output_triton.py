@@ -15,7 +15,7 @@ from chela.ops.random_inputs import draw, gated_output_inputs
 from chela.ops.testing import check_op, relative_error, values_and_gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TILE = 64  # the largest number of rows of a tile
+TILE = 64  # rows of the largest tile, and of a program of the gate at 128 channels
 run: Any = functools.partial(gated_output, impl="triton")
 forward_op = torch.ops.chela.gated_output.default
 backward_op = torch.ops.chela.gated_output_backward.default
@@ -57,7 +57,7 @@ def check_moments(inputs, mask, rate=0.0):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("rows", [1, 31, 32, 33, 5 * TILE + 3])
+@pytest.mark.parametrize("rows", [1, 31, 32, 33, 2 * TILE + 3])
 @pytest.mark.parametrize("masked", [False, True])
 def test_moments_are_within_the_budget(rows, masked, nan_memory):
     mask = (torch.arange(rows, device=DEVICE) % 3 > 0) | (torch.arange(rows, device=DEVICE) == 0) if masked else None
