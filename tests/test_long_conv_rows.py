@@ -121,7 +121,8 @@ def test_programs_that_take_a_part_of_a_panel_and_several_tiles_in_a_row(size, m
 
 def test_more_rows_than_one_program_takes(monkeypatch):
     monkeypatch.setattr(fused, "choose", lambda *sizes, room: "on_chip")
-    rows = 1 + max(2 * on_chip.PART, on_chip.SIZES[1024].part)
+    monkeypatch.setattr(on_chip, "PROGRAMS", 4)
+    rows = 1 + max(2 * on_chip.PART, on_chip.SIZES[1024].rows)
     check(convolve, inputs_of(rows, 5, 2, 4, dtype=BRAIN))
 
 
@@ -224,9 +225,10 @@ def test_the_choice_knows_the_longest_rows():
 @pytest.mark.parametrize("causal", [True, False])
 def test_rows_of_every_size_on_a_gpu(n, causal, nan_memory, monkeypatch):
     monkeypatch.setattr(fused, "choose", lambda *sizes, room: "on_chip")
+    monkeypatch.setattr(on_chip, "PROGRAMS", 4)
     reverse = None if causal else n - 4
     op = convolve if causal else functools.partial(long_conv, causal=False, impl="triton")
-    check(op, inputs_of(1 + on_chip.SIZES[n].part, n - 3, 5, n - 3, reverse=reverse, dtype=BRAIN))
+    check(op, inputs_of(1 + on_chip.SIZES[n].rows, n - 3, 5, n - 3, reverse=reverse, dtype=BRAIN))
 
 
 @pytest.mark.gpu

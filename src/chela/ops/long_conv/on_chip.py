@@ -32,8 +32,8 @@ class Size(NamedTuple):
     n1: int
     n2: int
     warps: int
-    part: int
-    """Rows of the batch that one program convolves with tables and spectrum that it reads once."""
+    rows: int
+    """Most rows of the batch that one program convolves with tables and spectrum that it reads once."""
     registers: int | None = None
     """Most of them a thread; fewer let more programs run side by side."""
 
@@ -48,6 +48,8 @@ SIZES = {
 LONGEST = max(SIZES)
 HELD = 4096
 """Longest rows whose tables any GPU's shared memory can hold; those of longer ones it holds where it is roomy."""
+PROGRAMS = 256
+"""As many programs there are before one takes several rows: two for each multiprocessor."""
 PART = 8
 """Rows of the batch whose spectra one program sums for the gradient of the taps."""
 
@@ -119,15 +121,16 @@ def _convolve(rows: Tensor, spectra: tuple[Tensor, Tensor], *, mirror: bool) -> 
     channels, batch, n = rows.shape
     size = SIZES[n]
     held = n <= HELD or roomy(rows.device)
-    out, part = torch.empty_like(rows), size.part if held else 1
-    kernels.convolve_rows[(channels, -(-batch // part))](
+    out = torch.empty_like(rows)
+    each = min(size.rows, max(1, channels * batch // PROGRAMS)) if held else 1
+    kernels.convolve_rows[(channels, -(-batch // each))](
         rows,
         out,
         *spectra,
         *_tables(size, rows.device),
         batch,
+        each,
         MIRROR=mirror,
-        PART=part,
         HELD=held,
         N1=size.n1,
         N2=size.n2,

@@ -74,7 +74,7 @@ def _half_inverse(pr, pi, tables, HELD: tl.constexpr, N1: tl.constexpr, N2: tl.c
     return (dr * wr + di * wi).to(tl.float16), (di * wr - dr * wi).to(tl.float16)
 
 
-@jit("batch")
+@jit("batch", "rows")
 def convolve_rows(
     x,
     out,
@@ -84,25 +84,25 @@ def convolve_rows(
     f2,
     twiddle,
     batch,
+    rows,
     MIRROR: tl.constexpr,
-    PART: tl.constexpr,
     HELD: tl.constexpr,
     N1: tl.constexpr,
     N2: tl.constexpr,
 ):
     """out[d, b] = x[d, b] times the spectrum of channel d (its conjugate, if MIRROR: the gradient of the input).
 
-    A program has PART rows of a channel. Tables and spectrum are HELD, read once for all of them, where registers and
-    shared memory have room.
+    A program has so many rows of a channel. Tables and spectrum are HELD, read once for all of them, where there is
+    room.
     """
-    d, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    d, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * rows
     grid = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
     tables, spectrum, transpose = (f1, f2, twiddle), spectra + d * (2 * N1 * N2), f1 + 2 * N1 * N1
     if HELD:
         tables = (_both(f1, False, N1, N1), _both(f2, False, N2, N2), _both(twiddle, False, N1, N2))
         spectrum, transpose = _both(spectrum, False, N1, N2), _both(transpose, False, N1, N1)
     power = tl.load(powers + d)
-    for b in range(part * PART, tl.minimum(batch, part * PART + PART)):
+    for b in range(first, tl.minimum(batch, first + rows)):
         at = (d * batch + b) * (N1 * N2) + grid
         v, scale = _load_row(x + at)
         cr, ci = _transform(v, tables, HELD, N1, N2)
