@@ -19,7 +19,17 @@ def test_values_and_gradients_are_torch_s(count, dtype):
     (gradient,) = torch.autograd.grad(out, table, slope)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, table, slope)[0], rtol=0, atol=1e-13)
     assert not gradient[-1].any()
-    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_what_was_asked_of_torch_before_holds_again():
+    table, symbols = torch.randn(FEW + 1, 5, requires_grad=True), torch.arange(40)
+    for mode in ("default", "warn", "error"):
+        torch.set_deterministic_debug_mode(mode)
+        try:
+            Lookup.apply(symbols, table).sum().backward()
+            assert torch.get_deterministic_debug_mode() == ["default", "warn", "error"].index(mode)
+        finally:
+            torch.set_deterministic_debug_mode("default")
 
 
 def test_autocast_does_not_narrow_the_gradient():

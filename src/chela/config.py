@@ -262,17 +262,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_fields(self, "train")
-        for name in (
-            "steps",
-            "batch_size",
-            "pad_multiple",
-            "first_length",
-            "accumulate",
-            "eval_every",
-            "save_every",
-            "keep",
-            "log_every",
-        ):
+        counts = "steps batch_size pad_multiple first_length accumulate eval_every save_every keep log_every"
+        for name in counts.split():
             _require(getattr(self, name) >= 1, f"train.{name} must be at least 1, got {getattr(self, name)}")
         for name in ("bucket_batches", "length_warmup", "eval_batch_size", "eval_examples", "chance_after"):
             _require(getattr(self, name) >= 0, f"train.{name} must not be negative, got {getattr(self, name)}")

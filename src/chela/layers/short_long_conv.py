@@ -177,8 +177,8 @@ class ShortLongConv(nn.Module):
         """Each branch through its own convolution and batch norm: its statistics are not known before."""
         if return_state or before.long is not None:
             raise ValueError(
-                "branch norm in training takes its statistics from whole sequences and has no state: to step or "
-                "prefill, call the model's eval() first; to train on a carried state, build it with branch_norm=False"
+                "branch norm trains on whole sequences and keeps no state: call eval() first, or build the layer with "
+                "branch_norm=False"
             )
         assert kernel.norms is not None
         total = torch.zeros_like(u)

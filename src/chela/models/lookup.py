@@ -1,7 +1,5 @@
 """Vectors of symbols, whose gradient is summed in the same order every time."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from chela.ops.deterministic import deterministic
 from chela.ops.precision import no_autocast
 
 FEW = 256
@@ -44,18 +43,8 @@ class Lookup(torch.autograd.Function):
         """Sum the gradients of all places of each symbol."""
         (symbols,) = ctx.saved_tensors
         if ctx.count > FEW:
-            with _deterministic():
+            with deterministic():
                 return None, torch.ops.aten.embedding_dense_backward(slope, symbols, ctx.count, -1, False)
         places = torch.arange(ctx.count, device=symbols.device)[:, None] == symbols.flatten()  # [V, N]
         with no_autocast(slope.device):
             return None, places.to(slope.dtype) @ slope.flatten(0, -2)
-
-
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)

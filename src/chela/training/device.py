@@ -1,11 +1,12 @@
 """Where and in which type to compute."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
+
+from chela.ops.deterministic import deterministic
 
 
 def pick_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -35,14 +36,9 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     return {"peak_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 3)}
 
 
-@contextmanager
-def deterministic(asked: bool) -> Iterator[None]:
-    """Ask torch for deterministic algorithms for a while; an operation that has none then raises."""
-    before = torch.are_deterministic_algorithms_enabled()
-    if asked:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-        torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
+def deterministic_if(asked: bool) -> AbstractContextManager[None]:
+    """Deterministic algorithms of torch for a while, if they are asked for."""
+    if not asked:
+        return nullcontext()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    return deterministic()

@@ -11,7 +11,7 @@ from chela.data import load_task
 from chela.duration import seconds
 from chela.training import distributed, metrics
 from chela.training.checks import check_run
-from chela.training.device import deterministic
+from chela.training.device import deterministic_if
 from chela.training.folder import Found, RunFolder
 from chela.training.interrupt import Interrupt
 from chela.training.loop import Trainer
@@ -53,7 +53,7 @@ def train(run: RunConfig, *, console: Console | None = None) -> Result:
     started = time.monotonic()
     display, folder = Display(console, run.train.steps), RunFolder(run.folder)
     try:
-        with distributed.world(run.train.device) as device, deterministic(run.train.deterministic), folder:
+        with distributed.world(run.train.device) as device, deterministic_if(run.train.deterministic), folder:
             found = Found.from_json(distributed.on_main(lambda: folder.inspect(run).to_json()))
             if found.end is not None:
                 display.say(f"{folder.path} is already done: test {metrics.text(found.end['test'])}")
