@@ -63,7 +63,7 @@ OPTIONS = {
         " --optim.lr --optim.kernel-lr --optim.weight-decay --optim.betas --optim.eps --optim.clip --optim.warmup"
         " --optim.schedule"
         " --train.steps --train.minutes --train.start-from --train.batch-size --train.bucket-batches"
-        " --train.pad-multiple --train.label-smoothing"
+        " --train.pad-multiple --train.label-smoothing --train.ema-decay"
         " --train.length-warmup --train.first-length --train.carry-state --train.accumulate --train.checkpoint-blocks"
         " --train.eval-every --train.eval-batch-size --train.eval-examples"
         " --train.save-every --train.keep --train.log-every --train.tensorboard --train.time-limit"

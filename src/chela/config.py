@@ -221,6 +221,9 @@ class TrainConfig:
     """Sequences are padded to a multiple of this many steps: fewer different lengths to compile and record for."""
     label_smoothing: float = 0.0
     """Share of each label that training spreads evenly over all classes (classifiers); results never do."""
+    ema_decay: float = 0.0
+    """Share kept each step of averaged weights (0.999 averages over about 1,000 steps), which are validated, tested and
+    kept in place of those that are trained; 0 averages nothing."""
     length_warmup: int = 0
     """Steps over which the windows of a language model double from first_length to their full length, in equal stages;
     the tokens a step stay the same. 0 starts with full windows."""
@@ -268,6 +271,7 @@ class TrainConfig:
         for name in ("bucket_batches", "length_warmup", "eval_batch_size", "eval_examples", "chance_after"):
             _require(getattr(self, name) >= 0, f"train.{name} must not be negative, got {getattr(self, name)}")
         _require(0 <= self.label_smoothing < 1, f"train.label_smoothing must lie in [0, 1), got {self.label_smoothing}")
+        _require(0 <= self.ema_decay < 1, f"train.ema_decay must lie in [0, 1), got {self.ema_decay}")
         _require(0 <= self.minutes < math.inf, f"train.minutes must be finite and not negative, got {self.minutes}")
         _require(
             not (self.length_warmup and self.carry_state),

@@ -2,8 +2,8 @@
 
 checkpoint/step-00001200/ holds model.safetensors, optimizer.safetensors, state.json (step, best so far, settings),
 best.safetensors (the weights of the best validation, the same file as the run's model.safetensors), carried.safetensors
-(the state of each row, where it is carried from step to step) and SHA256SUMS, which `sha256sum -c` reads too. Nothing
-in it is code.
+(the state of each row, where it is carried from step to step), average.safetensors (averaged weights, where they are
+kept) and SHA256SUMS, which `sha256sum -c` reads too. Nothing in it is code.
 """
 
 import hashlib
@@ -21,6 +21,7 @@ import chela
 from chela.config import RunConfig
 from chela.disk import same_file, sync_folder, write_synced
 from chela.record import differences, from_dict, to_dict
+from chela.training.average import Average
 from chela.training.carry import Carried
 
 SUMS = "SHA256SUMS"
@@ -86,6 +87,7 @@ def save_checkpoint(
     state: State,
     best: Path,
     carried: Carried | None = None,
+    average: Average | None = None,
 ) -> None:
     """Write checkpoint `state.step` in `folder` and delete all but the last `run.train.keep`.
 
@@ -97,6 +99,7 @@ def save_checkpoint(
         state: the rest.
         best: weights of the best validation; linked into the checkpoint if `state.best` is set.
         carried: the state of the rows, if it is carried from step to step.
+        average: the averaged weights, if they are kept.
     """
     aside = folder / f"{_name(state.step)}.tmp"
     aside.mkdir(parents=True)
@@ -108,6 +111,8 @@ def save_checkpoint(
     }
     if carried is not None:
         contents["carried.safetensors"] = _pack(carried.to_tensors())
+    if average is not None:
+        contents["average.safetensors"] = _pack(average.tensors)
     for name, content in contents.items():
         write_synced(aside / name, content)
     if state.best is not None:
@@ -156,7 +161,11 @@ def verify(checkpoint: Path) -> tuple[State, RunConfig]:
 
 
 def restore(
-    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, carried: Carried | None = None
+    checkpoint: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    carried: Carried | None = None,
+    average: Average | None = None,
 ) -> None:
     """Put a verified checkpoint's weights, averages and carried state back in their places, bit by bit.
 
@@ -177,6 +186,8 @@ def restore(
             raise ValueError(misfit)
         optimizer.state[parameters[name]][kind] = value.to(parameters[name].device)
     if carried is not None and not carried.load(_unpack(checkpoint / "carried.safetensors")):
+        raise ValueError(misfit)
+    if average is not None and not average.load(_unpack(checkpoint / "average.safetensors")):
         raise ValueError(misfit)
 
 

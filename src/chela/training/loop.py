@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import nullcontext
 from typing import NoReturn
 
 import torch
@@ -11,6 +12,7 @@ from chela.data import Task
 from chela.models import build, save_model
 from chela.models.files import read_weights
 from chela.training import distributed, metrics
+from chela.training.average import Average
 from chela.training.board import Board
 from chela.training.carry import Carried
 from chela.training.checkpoint import restore, save_checkpoint
@@ -49,9 +51,10 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, run.optim)
         self.model.backbone.checkpoint_blocks = run.train.checkpoint_blocks
         self.carried = Carried(self.model, run.train.batch_size, self.dtype) if run.train.carry_state else None
+        self.average = Average(self.model, run.train.ema_decay) if run.train.ema_decay else None
         self.state = found.state
         if found.checkpoint:
-            restore(folder.checkpoints / found.checkpoint, self.model, self.optimizer, self.carried)
+            restore(folder.checkpoints / found.checkpoint, self.model, self.optimizer, self.carried, self.average)
         if device.type == "cuda" and run.train.compile:
             compile_blocks(self.model)
         self.sums = torch.tensor(self.state.sums, dtype=torch.float64, device=device)  # loss, hits, gradient norm
@@ -75,7 +78,9 @@ class Trainer:
         """Take the steps that are left; False if a signal or a time limit stopped it, with a checkpoint saved."""
         run, state = self.run, self.state
         first, busy, counted = state.step, 0.0, state.tokens
-        learner = Learner(self.model, self.optimizer, self.guard, self.sums, run, self.dtype, self.carried)
+        learner = Learner(
+            self.model, self.optimizer, self.guard, self.sums, run, self.dtype, self.carried, self.average
+        )
         with (
             interrupt,
             Stream(self.source, math.inf if run.train.minutes else run.train.steps, self.device) as stream,
@@ -170,14 +175,15 @@ class Trainer:
     def _validate(self) -> None:
         """Evaluate on the validation split; keep the weights if they are the best so far."""
         self._stop_if_not_finite()
-        result = self._evaluate("val")
-        step, trained = self.state.step, round(self.state.trained, 3)
-        self.journal.write("val", step=step, trained_seconds=trained, **self._spent(), **result)
-        best = metrics.better(result, self.state.best, self.task.kind)
-        if best:
-            self.state.best = {"step": step, **result}
-            check_weights(self.model)
-            distributed.on_main(lambda: save_model(self.model, self.folder.weights))
+        with self.average.in_place() if self.average is not None else nullcontext():
+            result = self._evaluate("val")
+            step, trained = self.state.step, round(self.state.trained, 3)
+            self.journal.write("val", step=step, trained_seconds=trained, **self._spent(), **result)
+            best = metrics.better(result, self.state.best, self.task.kind)
+            if best:
+                self.state.best = {"step": step, **result}
+                check_weights(self.model)
+                distributed.on_main(lambda: save_model(self.model, self.folder.weights))
         self.display.say(f"step {step:,}: validation {metrics.text(result)}{', the best so far' if best else ''}")
 
     def _save(self) -> None:
@@ -189,7 +195,14 @@ class Trainer:
         self.journal.sync()
         distributed.on_main(
             lambda: save_checkpoint(
-                folder.checkpoints, self.run, self.model, self.optimizer, state, folder.weights, self.carried
+                folder.checkpoints,
+                self.run,
+                self.model,
+                self.optimizer,
+                state,
+                folder.weights,
+                self.carried,
+                self.average,
             )
         )
         self.saved = state.step

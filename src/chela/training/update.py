@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from chela.config import RunConfig
 from chela.data import Batch
 from chela.training import distributed
+from chela.training.average import Average
 from chela.training.carry import Carried
 from chela.training.guard import Guard
 from chela.training.precompile import precompile
@@ -45,6 +46,8 @@ class Learner:
     """Compute type."""
     carried: Carried | None = None
     """The rows' state, where it is carried from step to step."""
+    average: Average | None = None
+    """Of the weights, where it is asked for."""
 
     def objective(self) -> Objective:
         """The model with the loss it learns by."""
@@ -66,12 +69,16 @@ class Learner:
         self.sums.add_(torch.stack([loss, hits, norm.double()]))
         if self.carried is not None:
             self.carried.keep(bad)
+        if self.average is not None:
+            self.average.follow(step)
 
     def changed(self) -> list[Tensor]:
         """Whatever an update changes."""
-        averages = [value for state in self.optimizer.state.values() for value in state.values()]
+        moments = [value for state in self.optimizer.state.values() for value in state.values()]
         carried = [] if self.carried is None else self.carried.state.tensors()
-        return [*self.model.parameters(), *self.model.buffers(), *averages, self.sums, self.guard.bad_step, *carried]
+        average = [] if self.average is None else self.average.tensors.values()
+        own = [*self.model.parameters(), *self.model.buffers(), self.sums, self.guard.bad_step]
+        return [*own, *moments, *carried, *average]
 
 
 @contextmanager
