@@ -71,7 +71,8 @@ def read(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             entry = None
         if not isinstance(entry, dict) or "kind" not in entry:
-            raise ValueError(f"{path}, line {number}, is not a line of a journal: it was edited or damaged")
+            what = f"{path}, line {number}, is not a line of a journal: it was edited or damaged"
+            raise ValueError(f"{what}; delete the line to go on without it")
         entries.append(entry)
     return entries
 
