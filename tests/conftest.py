@@ -4,6 +4,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is determi
 
 import random
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -12,6 +13,10 @@ from hypothesis import settings
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, which reads it once
+    if find_spec("triton"):
+        import interpreter_kit  # pyrefly: ignore
+
+        interpreter_kit.hasten()
 
 torch.set_num_threads(1)
 settings.register_profile("chela", derandomize=True, deadline=None, max_examples=15)
