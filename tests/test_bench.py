@@ -116,7 +116,7 @@ def test_the_floor_is_the_time_of_a_copy_of_all_that_is_read_and_written(tmp_pat
     shape = {"B": 2, "T": 9, "H": 3, "K": 4, "V": 5}
     forward, both, *_ = run_bench(
         ["linear-attention"], out=tmp_path / "b.csv", device="cpu", seconds=0, console=console,
-        shapes={"linear-attention": (shape,)},
+        shapes=SHAPES | {"linear-attention": (shape,)},
     )  # fmt: skip
     q, v = 4 * 2 * 9 * 3 * 4, 4 * 2 * 9 * 3 * 5  # bytes
     assert (forward["pass"], both["pass"]) == ("forward", "forward+backward")
@@ -184,7 +184,7 @@ def test_how_far_the_time_of_a_token_depends_on_the_length_is_said(tmp_path, con
 def test_plots_of_all_lengths_are_written_beside_the_table(tmp_path, console):
     shapes = tuple({"B": 1, "T": t, "H": 2, "K": 4, "V": 4} for t in (8, 16, 64))
     out = tmp_path / "b.csv"
-    run_bench(["linear-attention"], out=out, device="cpu", seconds=0, shapes={"linear-attention": shapes},
+    run_bench(["linear-attention"], out=out, device="cpu", seconds=0, shapes=SHAPES | {"linear-attention": shapes},
               console=console)  # fmt: skip
     plot = tmp_path / "b-linear-attention-H2-K4-V4"
     assert f"plot:{plot}.svgand.png" in "".join(table(console).split())
