@@ -221,7 +221,7 @@ def test_paths_are_chains_of_lit_dashes(rules):
 @pytest.mark.slow
 def test_a_follower_that_sees_only_pixels_agrees_with_the_labels():
     """It is right on 82 % of 1,000 images; here it must beat a coin by five standard errors."""
-    found = drawn(PATH_X, 160, split=2)
+    found = drawn(PATH_X, 100, split=2)
     answers = np.array([joined(pixels) for pixels in found.pixels])
     said_no, said_yes = (answers[found.labels == label].mean() for label in (0, 1))
     assert np.mean(answers == found.labels) > 0.5 + 5 * math.sqrt(0.25 / len(answers))
