@@ -50,7 +50,7 @@ def test_the_model_has_the_average_for_a_while_and_then_its_weights_again(tmp_pa
     before, places = {n: x.clone() for n, x in model.state_dict().items()}, [x.data_ptr() for x in model.parameters()]
 
     def look_and_fail() -> None:
-        with average.in_place():
+        with average.in_the_model():
             assert all(torch.equal(model.state_dict()[name], x) for name, x in average.tensors.items())
             raise KeyError
 

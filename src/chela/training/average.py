@@ -40,7 +40,7 @@ class Average:
         torch._foreach_add_(averages, change)
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def in_the_model(self) -> Iterator[None]:
         """Let the model have the average for a while: to be evaluated, or to be saved."""
         kept = {name: x.detach().clone() for name, x in self._trained.items()}
         try:

@@ -175,7 +175,7 @@ class Trainer:
     def _validate(self) -> None:
         """Evaluate on the validation split; keep the weights if they are the best so far."""
         self._stop_if_not_finite()
-        with self.average.in_place() if self.average is not None else nullcontext():
+        with self.average.in_the_model() if self.average is not None else nullcontext():
             result = self._evaluate("val")
             step, trained = self.state.step, round(self.state.trained, 3)
             self.journal.write("val", step=step, trained_seconds=trained, **self._spent(), **result)
