@@ -80,8 +80,8 @@ def test_two_processes_give_the_curve_of_one(tmp_path, kind, double):
 
 
 def test_two_processes_stop_together_and_go_on_bit_equal(tmp_path):
-    model = {"norm": "batch", "prenorm": False}  # running statistics too
-    settings = {"model": model, "steps": 150, "save_every": 50, "eval_every": 50, "log_every": 3}
+    model = {"norm": "batch", "prenorm": False}  # running statistics too, and their average
+    settings = {"model": model, "steps": 150, "save_every": 50, "eval_every": 50, "log_every": 3, "ema_decay": 0.9}
     finish(start(make_run(tmp_path / "whole", **settings), tmp_path, launcher=launcher()))
     run = make_run(tmp_path / "parts", **settings)
     process = start(run, tmp_path, launcher=launcher())
