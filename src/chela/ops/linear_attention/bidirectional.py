@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chela.ops.linear_attention import kernels
+from chela.ops.linear_attention import kernels_states
 from chela.ops.linear_attention.launch import (
     define,
     dense,
@@ -78,7 +78,7 @@ def _applied(q: Tensor, state: Tensor, scale: float, width: int, *, transposed: 
     (q,), strides, align = dense(q)
     chunk, value_tile = 64, tile(width, 128)
     grid = (batch * heads * -(-width // value_tile), -(-length // chunk))
-    kernels.times_state[grid](
+    kernels_states.times_state[grid](
         q, state, out, scale, length, heads, *strides,
         K=key, V=width, BK=tile(key, 64), BV=value_tile, C=chunk, ALIGN=align, TRANSPOSED=transposed,
         num_warps=4,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chela.ops.linear_attention import kernels
+from chela.ops.linear_attention import kernels_states
 from chela.ops.linear_attention.plan import Plan, sums_plan
 
 
@@ -85,7 +85,7 @@ def summed_states(
     rows, length, heads, key, value = count_rows(k, cu_seqlens), *k.shape[1:], v.shape[3]
     sums = k.new_empty(rows, heads, plan.splits, key, value, dtype=torch.float32)
     tiles = sums_plan(key, value, k.dtype, k.device)
-    kernels.state_sums[(rows * heads * plan.splits * tiles.programs(value),)](
+    kernels_states.state_sums[(rows * heads * plan.splits * tiles.programs(value),)](
         k, v, sums, log2_decay, cu_seqlens, length, heads, plan.splits, plan.unit, *strides,
         K=key, V=value, BK=tiles.key_tile, BV=tiles.value_tile, C=tiles.chunk, ALIGN=align,
         DECAYS=log2_decay is not None, PACKED=cu_seqlens is not None, **kind,
@@ -110,7 +110,7 @@ def split_starts(
     sums = summed_states(k, v, plan, log2_decay, cu_seqlens, BACKWARD=backward, ALL=False)
     rows, heads, _, key, value = sums.shape
     block = 256
-    kernels.scan_states[(rows * heads, -(-key * value // block))](
+    kernels_states.scan_states[(rows * heads, -(-key * value // block))](
         sums, start, log2_decay, cu_seqlens, k.shape[1], heads, plan.splits, plan.unit,
         SIZE=key * value, BLOCK=block, AHEAD=8, DECAYS=log2_decay is not None, PACKED=cu_seqlens is not None,
         STARTS=start is not None, BACKWARD=backward, num_warps=2,

@@ -1,0 +1,134 @@
+"""Triton kernels that sum states, scan them, or multiply every token with one; shapes and words as in `kernels`."""
+
+import triton.language as tl
+
+from chela.ops.linear_attention.kernels import (
+    jit,
+    load_tile,
+    power,
+    row_span,
+    row_start,
+    split_span,
+    state_tile,
+    store_tile,
+)
+
+
+@jit("k", "v")
+def state_sums(
+    k, v, sums, log2_decay, cu_seqlens,
+    length, heads, splits, unit,
+    k_b, k_t, k_h, v_b, v_t, v_h,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, ALIGN: tl.constexpr,
+    DECAYS: tl.constexpr, PACKED: tl.constexpr, BACKWARD: tl.constexpr, ALL: tl.constexpr,
+):  # fmt: skip
+    """What each split adds to the state behind it, or, BACKWARD, to the gradient of the state before it.
+
+    That is sum_s g^(end-1-s) k_s v_s^T, BACKWARD with g^(s-begin+1). Without ALL, the split that no other one follows
+    is left out.
+    """
+    tiles: tl.constexpr = (V + BV - 1) // BV
+    program = tl.program_id(0)
+    column = (program % tiles) * BV
+    split = (program // tiles) % splits
+    row = program // (tiles * splits)
+    n = row // heads
+    h = row % heads
+    if not ALL:
+        if BACKWARD:
+            if split == 0:
+                return
+        else:
+            if split == splits - 1:
+                return
+    first, size = row_span(cu_seqlens, n, length, PACKED)
+    begin, end = split_span(size, split, splits, unit)
+    k_row = row_start(k, first, n, h, k_b, k_t, k_h, ALIGN, PACKED)
+    v_row = row_start(v, first, n, h, v_b, v_t, v_h, ALIGN, PACKED)
+    place = tl.arange(0, C)
+    if DECAYS:
+        log2_g = tl.load(log2_decay + h)
+    state = tl.zeros([BK, BV], tl.float32)
+    for i in range(tl.cdiv(tl.maximum(end - begin, 0), C)):
+        if BACKWARD:
+            t = begin + (tl.cdiv(end - begin, C) - 1 - i) * C
+        else:
+            t = begin + i * C
+        k_c = load_tile(k_row, t, end, k_t * ALIGN, 0, K, BK, C)  # [C, BK]
+        v_c = load_tile(v_row, t, end, v_t * ALIGN, column, V, BV, C)  # [C, BV]
+        if DECAYS:
+            tokens = tl.minimum(end - t, C)
+            if BACKWARD:
+                lag = place + 1
+            else:
+                lag = tokens - 1 - place
+            k_c = (k_c * power(log2_g, lag)[:, None]).to(v_c.dtype)
+            state *= power(log2_g, tokens)
+        state = tl.dot(tl.trans(k_c), v_c, state, input_precision="tf32x3")  # [BK, BV]
+    offsets, inside = state_tile(column, K, V, BK, BV)
+    sums_row = sums + (row.to(tl.int64) * splits + split) * (K * V)
+    tl.store(sums_row + offsets, state, mask=inside)
+
+
+@jit()
+def scan_states(
+    sums, start, log2_decay, cu_seqlens, length, heads, splits, unit,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
+    DECAYS: tl.constexpr, PACKED: tl.constexpr, STARTS: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """Turn what each split adds into the state before it (BACKWARD: the state's gradient behind it), in place."""
+    row = tl.program_id(0)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < SIZE
+    _, size = row_span(cu_seqlens, row // heads, length, PACKED)
+    state = tl.zeros([BLOCK], tl.float32)
+    if STARTS:
+        state += tl.load(start + row.to(tl.int64) * SIZE + place, mask=inside, other=0.0)
+    if DECAYS:
+        log2_g = tl.load(log2_decay + row % heads)
+    for several in range(0, splits, AHEAD):
+        added = ()
+        for j in tl.static_range(AHEAD):  # all on their way before the first is needed
+            i = several + j
+            here = sums + (row.to(tl.int64) * splits + (splits - 1 - i if BACKWARD else i)) * SIZE + place
+            added = added + (tl.load(here, mask=inside & (i < splits - 1), other=0.0),)
+        for j in tl.static_range(AHEAD):
+            i = several + j
+            split = splits - 1 - i if BACKWARD else i
+            here = sums + (row.to(tl.int64) * splits + split) * SIZE + place
+            tl.store(here, state, mask=inside & (i < splits))
+            if DECAYS:
+                begin, end = split_span(size, split, splits, unit)
+                state *= power(log2_g, end - begin)
+            state += added[j]
+
+
+@jit("q")
+def times_state(
+    q, state, out, scale, length, heads, q_b, q_t, q_h,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, ALIGN: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """out_t = scale q_t S, with the same S [K, V] for all t; TRANSPOSED: S is stored [V, K]."""
+    tiles: tl.constexpr = (V + BV - 1) // BV
+    program = tl.program_id(0)
+    column = (program % tiles) * BV
+    row = program // tiles
+    n = row // heads
+    h = row % heads
+    t = tl.program_id(1) * C
+    q_row = row_start(q, 0, n, h, q_b, q_t, q_h, ALIGN, False)
+    state_row = state + row.to(tl.int64) * (K * V)
+    v = column + tl.arange(0, BV)[None, :]
+    acc = tl.zeros([C, BV], tl.float32)
+    for block in range(0, K, BK):
+        k = block + tl.arange(0, BK)[:, None]
+        q_c = load_tile(q_row, t, length, q_t * ALIGN, block, K, BK, C)  # [C, BK]
+        if TRANSPOSED:
+            offsets = v * K + k
+        else:
+            offsets = k * V + v
+        s_c = tl.load(state_row + offsets, mask=(k < K) & (v < V), other=0.0)  # [BK, BV]
+        acc = tl.dot(q_c, s_c.to(q_c.dtype), acc, input_precision="tf32x3")
+    out_row = out + (n.to(tl.int64) * length * heads + h) * V
+    store_tile(out_row, acc * scale, t, length, heads * V, column, V, BV, C)
