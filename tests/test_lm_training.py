@@ -12,8 +12,9 @@ from torch import nn
 from chela.config import TrainConfig
 from chela.data import Batch, StreamSplit, Task, consecutive_at
 from chela.models import CausalLM, build, chunked_loss
-from chela.training import journal
+from chela.training import checkpoint, journal
 from chela.training.carry import Carried
+from chela.training.checkpoint import put_back
 from chela.training.metrics import evaluate, forward, loss_and_hits, score
 from chela.training.optim import make_optimizer
 from chela.training.step import Objective, compute_gradients
@@ -222,7 +223,7 @@ def test_a_run_with_a_carried_state_goes_on_bit_equal(tmp_path):
     assert files[0].read_bytes() == files[1].read_bytes()
 
     forgetful = make_run(tmp_path / "forgetful", model=LM, **settings)
-    with patch.object(Carried, "load", lambda self, tensors: True):
+    with patch.object(checkpoint, "put_back", lambda places, tensors: True):
         in_pieces(forgetful, task)
     with pytest.raises(AssertionError):
         assert_same_run(tmp_path / "whole", tmp_path / "forgetful")
@@ -232,10 +233,10 @@ def test_a_carried_state_that_does_not_fit_is_refused(tmp_path):
     run = make_run(tmp_path, model=LM, batch_size=2, carry_state=True)
     carried = Carried(make_model(run), 2, torch.float32)
     tensors = {name: x + 1 for name, x in carried.to_tensors().items()}
-    assert not carried.load({**tensors, "0000": torch.zeros(1)})
-    assert not carried.load({"0000": tensors["0000"]})
+    assert not put_back(carried.to_tensors(), {**tensors, "0000": torch.zeros(1)})
+    assert not put_back(carried.to_tensors(), {"0000": tensors["0000"]})
     assert not any(x.any() for x in carried.state.tensors())
-    assert carried.load(tensors)
+    assert put_back(carried.to_tensors(), tensors)
     assert all(torch.equal(x, tensors[name]) for name, x in carried.to_tensors().items())
 
 

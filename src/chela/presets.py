@@ -175,15 +175,7 @@ def pathfinder() -> RunConfig:
         ),
         data=DataConfig(task="pathfinder"),
         optim=replace(start.optim, lr=5e-3, weight_decay=0.03, warmup=20_000),
-        train=replace(
-            start.train,
-            steps=150_000,
-            batch_size=64,
-            eval_every=4000,
-            eval_batch_size=1000,
-            save_every=4000,
-            chance_after=30_000,
-        ),
+        train=replace(start.train, steps=150_000, batch_size=64, chance_after=30_000),
     )
 
 

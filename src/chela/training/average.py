@@ -49,14 +49,6 @@ class Average:
         finally:
             self._set(kept)
 
-    def load(self, tensors: dict[str, Tensor]) -> bool:
-        """Put back what `tensors` held, bit by bit; False (and nothing changed) where it does not fit."""
-        own = self.tensors
-        fits = own.keys() == tensors.keys() and all(own[name].shape == tensors[name].shape for name in own)
-        for name in own if fits else ():
-            own[name].copy_(tensors[name])
-        return fits
-
     @torch.no_grad()
     def _set(self, values: dict[str, Tensor]) -> None:
         for name, tensor in self._trained.items():  # in place: a CUDA graph knows the weights by their address

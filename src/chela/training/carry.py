@@ -67,11 +67,3 @@ class Carried:
     def to_tensors(self) -> dict[str, Tensor]:
         """Everything, by name, for a checkpoint."""
         return {f"{number:04d}": tensor for number, tensor in enumerate(self.state.tensors())}
-
-    def load(self, tensors: dict[str, Tensor]) -> bool:
-        """Put back what `to_tensors` gave, bit by bit; False (and nothing changed) where it does not fit."""
-        own = self.to_tensors()
-        fits = own.keys() == tensors.keys() and all(own[name].shape == tensors[name].shape for name in own)
-        for name in own if fits else ():
-            own[name].copy_(tensors[name])
-        return fits

@@ -185,10 +185,18 @@ def restore(
         if name not in parameters or (kind != "step" and value.shape != parameters[name].shape):
             raise ValueError(misfit)
         optimizer.state[parameters[name]][kind] = value.to(parameters[name].device)
-    if carried is not None and not carried.load(_unpack(checkpoint / "carried.safetensors")):
+    if carried is not None and not put_back(carried.to_tensors(), _unpack(checkpoint / "carried.safetensors")):
         raise ValueError(misfit)
-    if average is not None and not average.load(_unpack(checkpoint / "average.safetensors")):
+    if average is not None and not put_back(average.tensors, _unpack(checkpoint / "average.safetensors")):
         raise ValueError(misfit)
+
+
+def put_back(places: dict[str, Tensor], tensors: dict[str, Tensor]) -> bool:
+    """Copy tensors to their places, bit by bit; False (and nothing changed) where names or shapes do not fit."""
+    fits = places.keys() == tensors.keys() and all(places[name].shape == x.shape for name, x in tensors.items())
+    for name in tensors if fits else ():
+        places[name].copy_(tensors[name])
+    return fits
 
 
 def _name(step: int) -> str:
