@@ -163,6 +163,12 @@ def test_sums_over_all_tokens_split_over_the_multiprocessors(number, processors,
     check(inputs_of(1, 333, 1, 24, 40), causal=False)
 
 
+@pytest.mark.parametrize("value", [90, 200, 520])
+def test_sums_over_all_tokens_of_wide_values_held_in_blocks_or_not_at_all(value, nan_memory):
+    assert 200 <= plan.MOST_HELD < 520
+    check(inputs_of(1, 67, 1, 40, value), causal=False)
+
+
 @pytest.mark.parametrize("decay", [False, True])
 def test_a_scale_of_zero_gives_zeros(decay, nan_memory):
     check(inputs_of(1, 65, 2, 16, 24, decay=decay, state=True), scale=0.0)

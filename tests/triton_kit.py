@@ -131,6 +131,10 @@ def room_census(capability: int) -> dict[str, dict[str, int]]:
         cases[f"linear_attention {dtype}"] = ops.linear_attention, inputs
         inputs = draw.linear_attention_inputs(1, 9000, 2, 256, 512, decay=True, dtype=dtype)  # split in time
         cases[f"linear_attention with a decay {dtype}"] = ops.linear_attention, inputs
+        for value in (64, 256, 512, 1024):  # as many columns of a state are held as there is room for
+            inputs = draw.linear_attention_inputs(8, 300, 1, min(value, 256), value, dtype=dtype)
+            op = functools.partial(ops.linear_attention, causal=False)
+            cases[f"linear_attention both ways V {value} {dtype}"] = op, inputs
     for t in (500, 8192, 2**17, 2**18):
         cases[f"long_conv T {t}"] = ops.long_conv, draw.long_conv_inputs(1, t, 8, t, **HALF)
     # all launches first, as a kernel that is compiled would run at the next one

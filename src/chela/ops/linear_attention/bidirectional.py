@@ -14,7 +14,7 @@ from chela.ops.linear_attention.launch import (
     no_second_derivative,
     summed_states,
 )
-from chela.ops.linear_attention.plan import plans, tile
+from chela.ops.linear_attention.plan import MOST_HELD, plans, product_plan
 
 define("bidirectional", "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)")
 define(
@@ -76,12 +76,12 @@ def _applied(q: Tensor, state: Tensor, scale: float, width: int, *, transposed: 
     if not out.numel():
         return out
     (q,), strides, align = dense(q)
-    chunk, value_tile = 64, tile(width, 128)
-    grid = (batch * heads * -(-width // value_tile), -(-length // chunk))
-    kernels_states.times_state[grid](
-        q, state, out, scale, length, heads, *strides,
-        K=key, V=width, BK=tile(key, 64), BV=value_tile, C=chunk, ALIGN=align, TRANSPOSED=transposed,
-        num_warps=4,
+    plan = product_plan(batch * heads, length, key, width, q.dtype, q.device)
+    kernels_states.times_state[(batch * heads * plan.programs(width), plan.splits)](
+        q, state, out, scale, length, heads, plan.unit, *strides,
+        K=key, V=width, BK=plan.key_tile, BV=plan.value_tile, C=plan.chunk, ALIGN=align,
+        TRANSPOSED=transposed, HELD=key <= MOST_HELD,
+        num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
     return out
 

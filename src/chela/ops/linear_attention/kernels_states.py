@@ -1,5 +1,6 @@
 """Triton kernels that sum states, scan them, or multiply every token with one; shapes and words as in `kernels`."""
 
+import triton
 import triton.language as tl
 
 from chela.ops.linear_attention.kernels import (
@@ -103,32 +104,52 @@ def scan_states(
             state += added[j]
 
 
+@triton.jit
+def state_block(state, k, v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Rows k : k+BK and columns v [1, BV] of a state [K, V]; TRANSPOSED: stored [V, K]."""
+    k += tl.arange(0, BK)[:, None]
+    if TRANSPOSED:
+        offsets = v * K + k
+    else:
+        offsets = k * V + v
+    return tl.load(state + offsets, mask=(k < K) & (v < V), other=0.0)  # [BK, BV]
+
+
 @jit("q")
 def times_state(
-    q, state, out, scale, length, heads, q_b, q_t, q_h,
+    q, state, out, scale, length, heads, unit, q_b, q_t, q_h,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, ALIGN: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
+    TRANSPOSED: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
-    """out_t = scale q_t S, with the same S [K, V] for all t; TRANSPOSED: S is stored [V, K]."""
+    """out_t = scale q_t S, with the same S [K, V] for all t; TRANSPOSED: S is stored [V, K].
+
+    A program has `unit` tokens. Its columns of S are HELD, read once for all of them, where there is room.
+    """
     tiles: tl.constexpr = (V + BV - 1) // BV
     program = tl.program_id(0)
     column = (program % tiles) * BV
     row = program // tiles
     n = row // heads
     h = row % heads
-    t = tl.program_id(1) * C
+    begin = tl.program_id(1) * unit
+    end = tl.minimum(begin + unit, length)
     q_row = row_start(q, 0, n, h, q_b, q_t, q_h, ALIGN, False)
+    out_row = out + (n.to(tl.int64) * length * heads + h) * V
     state_row = state + row.to(tl.int64) * (K * V)
     v = column + tl.arange(0, BV)[None, :]
-    acc = tl.zeros([C, BV], tl.float32)
-    for block in range(0, K, BK):
-        k = block + tl.arange(0, BK)[:, None]
-        q_c = load_tile(q_row, t, length, q_t * ALIGN, block, K, BK, C)  # [C, BK]
-        if TRANSPOSED:
-            offsets = v * K + k
+    held = ()
+    if HELD:
+        for j in tl.static_range((K + BK - 1) // BK):
+            held = held + (state_block(state_row, j * BK, v, K, V, BK, TRANSPOSED).to(q.dtype.element_ty),)
+    for t in range(begin, end, C):
+        acc = tl.zeros([C, BV], tl.float32)
+        if HELD:
+            for j in tl.static_range((K + BK - 1) // BK):
+                q_c = load_tile(q_row, t, end, q_t * ALIGN, j * BK, K, BK, C)  # [C, BK]
+                acc = tl.dot(q_c, held[j], acc, input_precision="tf32x3")
         else:
-            offsets = k * V + v
-        s_c = tl.load(state_row + offsets, mask=(k < K) & (v < V), other=0.0)  # [BK, BV]
-        acc = tl.dot(q_c, s_c.to(q_c.dtype), acc, input_precision="tf32x3")
-    out_row = out + (n.to(tl.int64) * length * heads + h) * V
-    store_tile(out_row, acc * scale, t, length, heads * V, column, V, BV, C)
+            for k in range(0, K, BK):
+                q_c = load_tile(q_row, t, end, q_t * ALIGN, k, K, BK, C)  # [C, BK]
+                s_c = state_block(state_row, k, v, K, V, BK, TRANSPOSED).to(q_c.dtype)
+                acc = tl.dot(q_c, s_c, acc, input_precision="tf32x3")
+        store_tile(out_row, acc * scale, t, end, heads * V, column, V, BV, C)

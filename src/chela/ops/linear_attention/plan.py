@@ -15,6 +15,8 @@ from chela.ops.launch import roomy
 MAX_KEY = 256
 PERIOD = 1024
 """Tokens between saved states where one walk back does it all: 1/16 of an input's memory at K = V = 64."""
+HELD, MOST_HELD = 32_768, 512
+"""Bytes and rows of a state that a program keeps where every token is multiplied with the same one."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,29 @@ def _sums_plan(key: int, value: int, dtype: torch.dtype, room: bool) -> Plan:
     if not room and key_tile > 128:
         stages //= 2
     return Plan(key_tile, value_tile, 1, 32 if wide else 64, 4, stages, 1, 64)
+
+
+def product_plan(rows: int, length: int, key: int, width: int, dtype: torch.dtype, device: torch.device) -> Plan:
+    """Tiles and splits of products of every token with one state [key, width].
+
+    There are splits enough for four programs on every multiprocessor. As many columns of a state are in a tile as can
+    be held; of one with more than `MOST_HELD` rows none are.
+    """
+    sizes = rows, length, key, width, dtype.itemsize, multiprocessors(device), roomy(device)
+    if type(rows) is int and type(length) is int:
+        return _product_plan(*sizes)
+    return _product_plan.__wrapped__(*sizes)  # a compiler's symbols, which cannot be looked up
+
+
+@functools.lru_cache(maxsize=4096)
+def _product_plan(rows: int, length: int, key: int, width: int, size: int, processors: int, room: bool) -> Plan:
+    chunk = 64
+    column = tile(key, MOST_HELD) * size  # bytes
+    value_tile = tile(width, min(128, HELD // column))
+    splits = _splits(4 * processors, rows * -(-width // value_tile), length, chunk)
+    unit = -(-length // (splits * chunk)) * chunk
+    ahead = column <= 256 or (room and key <= MAX_KEY)  # there is room for the next tokens beside the state
+    return Plan(tile(key, 64), value_tile, 1, chunk, 4, 2 if ahead else 1, -(-length // unit), unit)
 
 
 def _forward_plan(rows: int, length: int, key: int, value: int, dtype: torch.dtype, processors: int) -> Plan:
