@@ -1,8 +1,7 @@
 """Dropout whose mask is a function of a seed and a place: nothing is stored, and every implementation drops alike.
 
-The random bits are those of Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), a
-function of a 128-bit counter and a 64-bit key; with seven rounds it still passes every test of BigCrush, and drawing
-is a good part of what dropout costs on a GPU. The key is the seed. The eight halves of the four words at one counter
+The random bits are those of Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), a
+function of a 128-bit counter and a 64-bit key. The key is the seed. The eight halves of the four words at one counter
 serve eight columns that lie 8 apart, as one thread of a matrix unit holds them:
 
     counter (row, 8 (column // 64) + column % 8, stream, 0)      half (column // 8) % 8, low halves first
@@ -19,8 +18,7 @@ from torch import Tensor
 HALF = 1 << 16
 """Values a half of a random word can take: the rate is rounded to a multiple of its inverse."""
 _WORD = (1 << 32) - 1
-ROUNDS = 7
-"""Of the generator."""
+_ROUNDS = 10
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _RAISES = 0x9E3779B9, 0xBB67AE85
 
@@ -95,10 +93,10 @@ def keep(
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-7: four random words for each counter of four words and each key of 64 bits; all tensors int64."""
+    """Philox4x32-10: four random words for each counter of four words and each key of 64 bits; all tensors int64."""
     c0, c1, c2, c3 = counter
     k0, k1 = key & _WORD, key >> 32 & _WORD
-    for _ in range(ROUNDS):
+    for _ in range(_ROUNDS):
         high0, low0 = _product(_MULTIPLIERS[0], c0)
         high1, low1 = _product(_MULTIPLIERS[1], c2)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0

@@ -3,10 +3,6 @@
 import triton
 import triton.language as tl
 
-from chela.ops.dropout import ROUNDS
-
-_ROUNDS = tl.constexpr(ROUNDS)
-
 
 @triton.jit
 def _philox(seed, row, first, STREAM: tl.constexpr, WIDTH: tl.constexpr):
@@ -15,7 +11,7 @@ def _philox(seed, row, first, STREAM: tl.constexpr, WIDTH: tl.constexpr):
     column = first // 8 + tl.arange(0, WIDTH // 8)  # 8 (column // 64) + column % 8
     c0 = row[:, None].to(tl.uint32) + (column * 0)[None, :].to(tl.uint32)
     c1 = (row * 0)[:, None].to(tl.uint32) + column[None, :].to(tl.uint32)
-    return tl.philox(seed, c0, c1, c0 * 0 + STREAM, c0 * 0, n_rounds=_ROUNDS)
+    return tl.philox(seed, c0, c1, c0 * 0 + STREAM, c0 * 0)
 
 
 @triton.jit
