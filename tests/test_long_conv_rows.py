@@ -28,13 +28,16 @@ LEAK = 2**-9
 """Of the largest entry of a row and of the kernel's frequency response: what the public docstring states."""
 
 
-@pytest.fixture(params=[*LONGEST])
+@pytest.fixture(params=[*LONGEST, "on_chip, apart"])
 def name(request, monkeypatch):
-    """A method whose choice is taken away, with short rows."""
+    """A method whose choice is taken away, with short rows; of those on the chip also in the form of long ones."""
+    method, *apart = request.param.split(", ")
+    if apart:
+        monkeypatch.setitem(on_chip.SIZES, 1024, on_chip.SIZES[1024]._replace(gradients=0))
     monkeypatch.setitem(panels.SIZES, LONGEST["panels"], panels.Size(16, 16, 16, 4))
     monkeypatch.setitem(two_stage.SIZES, LONGEST["two_stage"], two_stage.Size(16, 16, 16, 4))
-    monkeypatch.setattr(fused, "choose", lambda *sizes, room: request.param)
-    return request.param
+    monkeypatch.setattr(fused, "choose", lambda *sizes, room: method)
+    return method
 
 
 @pytest.mark.parametrize(
@@ -209,6 +212,8 @@ def test_the_method_by_shape():
             assert choose(dtype, length, length, length, 0) == "transform"
     assert choose(BRAIN, 8192, 1, 8192, 0) == "on_chip"  # a token after a long state
     assert choose(BRAIN, 2048, 2048, 2048, 2047) == "on_chip"
+    narrow = [choose(BRAIN, length, length, length, 0, room=False) for length in (4096, 8192, 2**17 + 1)]
+    assert narrow == ["on_chip", "panels", "transform"]
 
 
 def test_the_choice_knows_the_longest_rows():

@@ -14,6 +14,8 @@ LONGEST: dict[Method, int] = {"on_chip": 2**13, "panels": 2**17, "two_stage": 2*
 
 It is the fastest wherever that was timed (docs/log.md); panels of 2^15 and 2^16 go by their neighbours.
 """
+TIGHT: dict[Method, int] = {"on_chip": 2**12, "panels": 2**17}
+"""The same on a GPU with less shared memory than an H100 (`chela.ops.launch.roomy`)."""
 BEATEN: dict[Method, int] = {"on_chip": 600, "panels": 2500, "two_stage": 4000, "transform": 4000}
 """Lags an output sees on average, up to which Toeplitz tiles beat a method, were its rows full."""
 
@@ -31,13 +33,13 @@ def choose(dtype: torch.dtype, history: int, length: int, lags: int, ahead: int,
         length: T, at least 1.
         lags: L, at most S + T.
         ahead: L2, at most T - 1.
-        room: whether the GPU has the shared memory of an H100, which rows in two stages need.
+        room: whether the GPU has the shared memory of an H100, which the longest rows on the chip need, and rows in two
+            stages.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return "transform"
-    method: Method = next((name for name, most in LONGEST.items() if history <= most), "transform")
-    if method == "two_stage" and not room:
-        method = "transform"
+    longest = LONGEST if room else TIGHT
+    method: Method = next((name for name, most in longest.items() if history <= most), "transform")
     padding = (1 << (history - 1).bit_length()) / history if method in LONGEST else 1.0  # of work, by the row's length
     reach = _mean_reach(lags, history - length, length) + _mean_reach(ahead, 0, length)
     return "toeplitz" if reach <= BEATEN[method] * padding else method

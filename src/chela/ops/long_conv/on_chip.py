@@ -21,7 +21,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from chela.ops.launch import roomy
 from chela.ops.long_conv import on_chip_kernels as kernels
 from chela.ops.long_conv.rows import count, from_rows, parts, to_rows, turns
 
@@ -36,18 +35,23 @@ class Size(NamedTuple):
     """Most rows of the batch that one program convolves with tables and spectrum that it reads once."""
     registers: int | None = None
     """Most of them a thread; fewer let more programs run side by side."""
+    gradients: int = 0
+    """Most of them where one kernel makes both gradients; 0 for a kernel each, of rows too long for that."""
+
+    @property
+    def side(self) -> bool:
+        """Whether real and imaginary parts are made side by side, too."""
+        return self.gradients > 0
 
 
 SIZES = {
-    1024: Size(64, 16, 4, 16),
-    2048: Size(64, 32, 4, 8, 128),
+    1024: Size(64, 16, 4, 16, gradients=128),
+    2048: Size(64, 32, 4, 16, registers=128, gradients=255),
     4096: Size(64, 64, 4, 8),
     8192: Size(128, 64, 8, 8),
 }
 """By N. One warpgroup for every 64 rows of N1: more of them than that only split the matrix units' tiles."""
 LONGEST = max(SIZES)
-HELD = 4096
-"""Longest rows whose tables any GPU's shared memory can hold; those of longer ones it holds where it is roomy."""
 PROGRAMS = 256
 """As many programs there are before one takes several rows: two for each multiprocessor."""
 PART = 8
@@ -71,26 +75,26 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for history, kernel and reverse, given that of the output [B, T, D]."""
     n, end = fitting(history.shape[1]), history.shape[1]
-    g = to_rows(grad, end - length, n)
-    d_rows = _convolve(g, _spectra(kernel, reverse, n), mirror=True)
+    g, x, spectra = to_rows(grad, end - length, n), to_rows(history, 0, n), _spectra(kernel, reverse, n)
+    if SIZES[n].gradients:
+        d_rows, sums = _differentiate(g, x, spectra)
+    else:
+        d_rows, sums = _convolve(g, spectra, mirror=True), _correlate(g, x)
     d_history = from_rows(d_rows, history.new_empty(history.shape), 0)
-    d_kernel, d_reverse = _correlate(g, to_rows(history, 0, n), kernel, reverse)
-    return d_history, d_kernel, d_reverse
+    return d_history, *_collect(sums, kernel, reverse)
 
 
 @functools.lru_cache(maxsize=32)
 def _tables(size: Size, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The factors f1 [4, N1, N1] and f2 [2, N2, N2] in float16 and the twiddle [2, N1, N2] in float32."""
+    """The factors f1 and f2 in float16 and the twiddle in float32, as the kernels read them."""
     n1, n2, n = size.n1, size.n2, size.n1 * size.n2
     a, c = count(n1), count(n2)
     f1 = turns(a / (4 * n1) - a[:, None] * a / n1) / math.sqrt(n1)
     f2 = turns(-c[:, None] * c / n2) / math.sqrt(n2)
     twiddle = turns(c / (4 * n) - a[:, None] * c / n)
-    return (
-        parts(f1, torch.float16, device, transpose=True),
-        parts(f2, torch.float16, device),
-        parts(twiddle, torch.float32, device),
-    )
+    f1_both = torch.cat([torch.cat([f1.real, f1.imag]).flatten(), torch.cat([f1.real.T, f1.imag.T], dim=1).flatten()])
+    f2_both = torch.stack([torch.cat([z.real, z.imag], dim=1) for z in (f2, 1j * f2)])
+    return f1_both.to(device, torch.float16), f2_both.to(device, torch.float16), parts(twiddle, torch.float32, device)
 
 
 def _spectra(kernel: Tensor, reverse: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -109,6 +113,7 @@ def _spectra(kernel: Tensor, reverse: Tensor, n: int) -> tuple[Tensor, Tensor]:
         *reverse.stride(),
         *_tables(size, kernel.device),
         AHEAD=ahead > 0,
+        SIDE=size.side,
         N1=size.n1,
         N2=size.n2,
         num_warps=size.warps,
@@ -120,9 +125,8 @@ def _convolve(rows: Tensor, spectra: tuple[Tensor, Tensor], *, mirror: bool) -> 
     """[D, B, N] -> [D, B, N]; mirrored, from the gradient of the output to that of the history."""
     channels, batch, n = rows.shape
     size = SIZES[n]
-    held = n <= HELD or roomy(rows.device)
     out = torch.empty_like(rows)
-    each = min(size.rows, max(1, channels * batch // PROGRAMS)) if held else 1
+    each = min(size.rows, max(1, channels * batch // PROGRAMS))
     kernels.convolve_rows[(channels, -(-batch // each))](
         rows,
         out,
@@ -131,27 +135,26 @@ def _convolve(rows: Tensor, spectra: tuple[Tensor, Tensor], *, mirror: bool) -> 
         batch,
         each,
         MIRROR=mirror,
-        HELD=held,
+        SIDE=size.side,
         N1=size.n1,
         N2=size.n2,
         num_warps=size.warps,
-        num_stages=2 if held else 1,  # the next row's entries; tables would be fetched ahead as well
+        num_stages=2,  # the next row's entries
         maxnreg=size.registers,
     )
     return out
 
 
-def _correlate(g: Tensor, x: Tensor, kernel: Tensor, reverse: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the kernels from rows of the output's gradient and of the history."""
+def _correlate(g: Tensor, x: Tensor) -> Tensor:
+    """Sums of products of spectra, by parts of the batch [groups, D, 2, N1, N2]; float32."""
     channels, batch, n = x.shape
-    size, tables = SIZES[n], _tables(SIZES[n], x.device)
-    groups, lags, ahead = -(-batch // PART), kernel.shape[1], reverse.shape[1]
-    sums = torch.empty(groups, channels, 2, size.n1, size.n2, dtype=torch.float32, device=x.device)
-    kernels.correlate_rows[(channels, groups)](
+    size = SIZES[n]
+    sums = _sums(x)
+    kernels.correlate_rows[(channels, sums.shape[0])](
         g,
         x,
         sums,
-        *tables,
+        *_tables(size, x.device),
         batch,
         channels,
         PART=PART,
@@ -160,7 +163,43 @@ def _correlate(g: Tensor, x: Tensor, kernel: Tensor, reverse: Tensor) -> tuple[T
         num_warps=size.warps,
         num_stages=1,  # prefetching rows takes registers the sums need
     )
-    d_kernel, d_reverse = (torch.empty(taps.shape, dtype=taps.dtype, device=x.device) for taps in (kernel, reverse))
+    return sums
+
+
+def _differentiate(g: Tensor, x: Tensor, spectra: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """What `_convolve`, mirrored, and `_correlate` give, from one spectrum of every row of g."""
+    channels, batch, n = x.shape
+    size = SIZES[n]
+    out, sums = torch.empty_like(g), _sums(x)
+    kernels.differentiate_rows[(channels, sums.shape[0])](
+        g,
+        x,
+        out,
+        sums,
+        *spectra,
+        *_tables(size, x.device),
+        batch,
+        channels,
+        PART=PART,
+        N1=size.n1,
+        N2=size.n2,
+        num_warps=size.warps,
+        num_stages=1,
+        maxnreg=size.gradients,
+    )
+    return out, sums
+
+
+def _sums(x: Tensor) -> Tensor:
+    channels, batch, n = x.shape
+    return torch.empty(-(-batch // PART), channels, 2, SIZES[n].n1, SIZES[n].n2, dtype=torch.float32, device=x.device)
+
+
+def _collect(sums: Tensor, kernel: Tensor, reverse: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the kernels from sums of products of spectra."""
+    groups, channels, _, n1, n2 = sums.shape
+    size, lags, ahead = SIZES[n1 * n2], kernel.shape[1], reverse.shape[1]
+    d_kernel, d_reverse = (torch.empty(taps.shape, dtype=taps.dtype, device=sums.device) for taps in (kernel, reverse))
     kernels.collect_rows[(channels,)](
         sums,
         d_kernel,
@@ -168,10 +207,11 @@ def _correlate(g: Tensor, x: Tensor, kernel: Tensor, reverse: Tensor) -> tuple[T
         lags,
         ahead,
         groups,
-        *tables,
+        *_tables(size, sums.device),
         AHEAD=ahead > 0,
-        N1=size.n1,
-        N2=size.n2,
+        SIDE=size.side,
+        N1=n1,
+        N2=n2,
         num_warps=size.warps,
     )
     return d_kernel, d_reverse

@@ -12,7 +12,7 @@ another product, but not if the first stands in a loop: hence the loops whose co
 import triton.language as tl
 
 from chela.ops.launch import jit
-from chela.ops.long_conv.on_chip_kernels import power_below
+from chela.ops.long_conv.on_chip_steps import power_below
 
 
 @jit()

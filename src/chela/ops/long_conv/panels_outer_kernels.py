@@ -15,7 +15,7 @@ Tables: f0 [4, N0, N0] is F0 (real, imaginary) and its transpose; w0 [2, N0, Ni]
 import triton.language as tl
 
 from chela.ops.launch import jit
-from chela.ops.long_conv.on_chip_kernels import power_below
+from chela.ops.long_conv.on_chip_steps import power_below
 
 
 @jit()

@@ -26,7 +26,7 @@ class Tiles(NamedTuple):
 
     block: int = 128
     """M, times in a block."""
-    rows: int = 256
+    rows: int = 128
     """Rows of the output in a tile of the convolution."""
     depth: int = 64
     """Times summed in a step of its loop."""

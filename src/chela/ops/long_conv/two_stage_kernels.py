@@ -13,7 +13,7 @@ tile of the outer stage [R, Ni / TILE] or a row of the inner one [R, N0].
 import triton.language as tl
 
 from chela.ops.launch import jit
-from chela.ops.long_conv.on_chip_kernels import power_of
+from chela.ops.long_conv.on_chip_steps import power_of
 
 
 @jit("lags", "ahead", "xr", "wr", "wl", "inner")
