@@ -86,6 +86,17 @@ def test_bidirectional_sums_over_all_tokens(length):
     assert_same(values_and_gradients(op, inputs), values_and_gradients(definition, inputs))
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_values_may_go_through_silu_first(causal):
+    inputs = linear_attention_inputs(2, 67, 3, 5, 7, dtype=DOUBLE)
+
+    def before(q, k, v):
+        return linear_attention(q, k, torch.nn.functional.silu(v), causal=causal)
+
+    op = functools.partial(linear_attention, causal=causal, silu=True)
+    assert_same(values_and_gradients(op, inputs), values_and_gradients(before, inputs))
+
+
 @given(data=st.data(), length=st.integers(1, 150), decay=st.booleans(), seed=st.integers(0, 99))
 def test_any_split_and_single_steps_equal_the_whole(data, length, decay, seed):
     inputs = linear_attention_inputs(1, length, 2, 3, 4, decay=decay, state=True, dtype=DOUBLE, seed=seed)

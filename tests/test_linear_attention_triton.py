@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
@@ -24,9 +25,9 @@ step: Any = functools.partial(linear_attention_step, impl="triton")
 ops = torch.ops.chela
 
 
-def plain(q, k, v, state=None, decay=None, *, scale=1.0, causal=True) -> tuple[Any, Any]:
+def plain(q, k, v, state=None, decay=None, *, scale=1.0, causal=True, silu=False) -> tuple[Any, Any]:
     """The blocked form in the precision of q."""
-    q = q * scale
+    q, v = q * scale, F.silu(v) if silu else v
     if not causal:
         return bidirectional(q, k, v), None
     carried: Any = (None if x is None else x.to(q.dtype) for x in (state, decay))
@@ -103,6 +104,14 @@ def test_values_states_and_gradients_are_within_the_budget(decay, state, dtype, 
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 131])
 def test_sums_over_all_tokens_are_within_the_budget(length, dtype, nan_memory):
     check(inputs_of(1, length, 2, 24, 40, dtype=dtype), causal=False, scale=0.3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("length", "key", "value"), [(1, 24, 40), (131, 24, 40), (67, 40, 520)])
+def test_values_behind_silu(length, key, value, dtype, nan_memory):
+    check(inputs_of(1, length, 2, key, value, dtype=dtype, layout="sliced"), causal=False, scale=0.3, silu=True)
+    if value < 100:
+        check(inputs_of(1, length, 2, key, value, dtype=dtype, state=True), silu=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -419,11 +428,12 @@ def test_the_causal_op_is_registered_for_packed_documents():
 
 def test_the_other_ops_are_registered_as_torch_wants_them():
     q, k, v, rates, state = leaves_of(inputs_of(2, 70, 2, 16, 24, decay=True, state=True))
-    torch.library.opcheck(ops.linear_attention_bidirectional.default, (q, k, v, 0.5))
+    torch.library.opcheck(ops.linear_attention_bidirectional.default, (q, k, v, 0.5, True))
     total = torch.einsum("bthk,bthv->bhkv", k, v).detach()
     grad = draw(2, 70, 2, 24, seed=1, device=DEVICE)
     torch.library.opcheck(
-        ops.linear_attention_bidirectional_backward.default, (grad, q.detach(), k.detach(), v.detach(), total, 0.5)
+        ops.linear_attention_bidirectional_backward.default,
+        (grad, q.detach(), k.detach(), v.detach(), total, 0.5, True),
     )
     token = [x.detach()[:, 0].requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(ops.linear_attention_step.default, (*token, state, rates, 0.5))
@@ -487,6 +497,7 @@ def test_bfloat16_at_many_sizes_is_within_the_budget_and_deterministic(key, valu
 def test_many_rows_are_within_the_budget(sizes, dtype, nan_memory):
     check(inputs_of(*sizes, state=True, dtype=dtype))
     check(inputs_of(*sizes, dtype=dtype), causal=False)
+    check(inputs_of(*sizes, dtype=dtype), causal=False, silu=True)
 
 
 @pytest.mark.gpu

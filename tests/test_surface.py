@@ -34,7 +34,8 @@ EXPORTS = {
 
 SIGNATURES = {
     "linear_attention": (
-        "q, k, v, *, causal=True, scale=1.0, decay=None, state=None, return_state=False, cu_seqlens=None, impl='auto'"
+        "q, k, v, *, causal=True, scale=1.0, decay=None, state=None, return_state=False, cu_seqlens=None, silu=False, "
+        "impl='auto'"
     ),
     "linear_attention_step": "q, k, v, state, *, scale=1.0, decay=None, inplace=False, impl='auto'",
     "short_conv": (

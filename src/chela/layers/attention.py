@@ -126,7 +126,10 @@ class GatedLinearAttention(nn.Module):
         shared = F.silu(shared).unsqueeze(2)  # [B, T, 1, K]
         q = shared * self.q_gain.to(shared.dtype) + self.q_bias.to(shared.dtype)
         k = shared * self.k_gain.to(shared.dtype) + self.k_bias.to(shared.dtype)
-        v = rearrange(F.silu(self.from_x(x)), "b t (h v) -> b t h v", h=self.heads)
+        v = rearrange(self.from_x(x), "b t (h v) -> b t h v", h=self.heads)
+        on_the_way = not self.causal and self.norm != "sum"  # the op takes SiLU of the values
+        if not on_the_way:
+            v = F.silu(v)
         if self.norm == "sum":
             q, k = F.elu(q) + 1, F.elu(k) + 1
             v = F.pad(v, (0, 1), value=1.0)  # a column of ones adds up the weights
@@ -148,6 +151,7 @@ class GatedLinearAttention(nn.Module):
                 state=state,
                 return_state=return_state,
                 cu_seqlens=cu_seqlens,
+                silu=on_the_way,
                 impl=impl,
             )
         if self.norm == "sum":

@@ -21,6 +21,7 @@ def linear_attention(
     state: Float[Tensor, "n h k v"] | None = None,
     return_state: bool = False,
     cu_seqlens: Int[Tensor, " n_plus_1"] | None = None,
+    silu: bool = False,
     impl: Impl = "auto",
 ) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "n h k v"] | None]:
     """Attend with dot products in place of softmax weights: `out_t = scale * sum_s decay^(t-s) (q_t . k_s) v_s`.
@@ -42,6 +43,7 @@ def linear_attention(
         cu_seqlens: int32 [N+1], ends of N documents packed along T with B = 1 (FlashAttention's convention): starts
             at 0, never decreases, may repeat (empty documents), ends at T. A document's numbers never depend on
             its neighbours.
+        silu: attend to silu(v), rounded to v's dtype, in place of v; not causal, the kernels take it on their way.
         impl: "auto" (Triton on CUDA, the reference elsewhere), "triton" or "reference".
 
     Returns:
@@ -67,6 +69,7 @@ def linear_attention(
         "state": state,
         "return_state": return_state,
         "cu_seqlens": cu_seqlens,
+        "silu": silu,
     }
     if resolve(impl, q.device, "linear_attention") == "triton":
         from chela.ops.linear_attention import fused

@@ -6,6 +6,7 @@ An output that was not asked for is an empty tensor, since a schema cannot leave
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from chela.ops.linear_attention.bidirectional import attend_both_ways
 from chela.ops.linear_attention.causal import attend
@@ -24,6 +25,7 @@ def linear_attention(
     state: Tensor | None,
     return_state: bool,
     cu_seqlens: Tensor | None,
+    silu: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Run the kernels; arguments as in `chela.ops.linear_attention`, already checked.
 
@@ -32,7 +34,9 @@ def linear_attention(
     """
     _check_limits(q)
     if not causal:
-        return attend_both_ways(q, k, v, scale), None
+        return attend_both_ways(q, k, v, scale, silu), None
+    if silu:  # a compiler makes it one with what v comes from
+        v = F.silu(v)
     if scale == 0:  # nothing reaches the output, and the kernels divide by it
         q, scale = q * 0, 1.0
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, decay, state))

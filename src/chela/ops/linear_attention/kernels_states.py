@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from chela.ops.activation_kernels import sigmoid
 from chela.ops.linear_attention.kernels import (
     jit,
     load_tile,
@@ -15,18 +16,25 @@ from chela.ops.linear_attention.kernels import (
 )
 
 
+@triton.jit
+def silu(x):
+    """In float32, rounded to the dtype of x."""
+    wide = x.to(tl.float32)
+    return (wide * sigmoid(wide)).to(x.dtype)
+
+
 @jit("k", "v")
 def state_sums(
     k, v, sums, log2_decay, cu_seqlens,
     length, heads, splits, unit,
     k_b, k_t, k_h, v_b, v_t, v_h,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, ALIGN: tl.constexpr,
-    DECAYS: tl.constexpr, PACKED: tl.constexpr, BACKWARD: tl.constexpr, ALL: tl.constexpr,
+    DECAYS: tl.constexpr, PACKED: tl.constexpr, BACKWARD: tl.constexpr, ALL: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """What each split adds to the state behind it, or, BACKWARD, to the gradient of the state before it.
 
-    That is sum_s g^(end-1-s) k_s v_s^T, BACKWARD with g^(s-begin+1). Without ALL, the split that no other one follows
-    is left out.
+    That is sum_s g^(end-1-s) k_s v_s^T, BACKWARD with g^(s-begin+1), and silu(v) in v's place if SILU. Without ALL, the
+    split that no other one follows is left out.
     """
     tiles: tl.constexpr = (V + BV - 1) // BV
     program = tl.program_id(0)
@@ -57,6 +65,8 @@ def state_sums(
             t = begin + i * C
         k_c = load_tile(k_row, t, end, k_t * ALIGN, 0, K, BK, C)  # [C, BK]
         v_c = load_tile(v_row, t, end, v_t * ALIGN, column, V, BV, C)  # [C, BV]
+        if SILU:
+            v_c = silu(v_c)
         if DECAYS:
             tokens = tl.minimum(end - t, C)
             if BACKWARD:
@@ -115,14 +125,15 @@ def state_block(state, k, v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     return tl.load(state + offsets, mask=(k < K) & (v < V), other=0.0)  # [BK, BV]
 
 
-@jit("q")
+@jit("q", "v")
 def times_state(
-    q, state, out, scale, length, heads, unit, q_b, q_t, q_h,
+    q, v, state, out, scale, length, heads, unit, q_b, q_t, q_h, v_b, v_t, v_h,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, ALIGN: tl.constexpr,
-    TRANSPOSED: tl.constexpr, HELD: tl.constexpr,
+    TRANSPOSED: tl.constexpr, HELD: tl.constexpr, SILU: tl.constexpr, SLOPE: tl.constexpr,
 ):  # fmt: skip
     """out_t = scale q_t S, with the same S [K, V] for all t; TRANSPOSED: S is stored [V, K].
 
+    With SILU, silu(q) takes q's place; with SLOPE, the result is multiplied by silu'(v), v [T, V].
     A program has `unit` tokens. Its columns of S are HELD, read once for all of them, where there is room.
     """
     tiles: tl.constexpr = (V + BV - 1) // BV
@@ -136,20 +147,30 @@ def times_state(
     q_row = row_start(q, 0, n, h, q_b, q_t, q_h, ALIGN, False)
     out_row = out + (n.to(tl.int64) * length * heads + h) * V
     state_row = state + row.to(tl.int64) * (K * V)
-    v = column + tl.arange(0, BV)[None, :]
+    v_row = row_start(v, 0, n, h, v_b, v_t, v_h, ALIGN, False)
+    columns = column + tl.arange(0, BV)[None, :]
     held = ()
     if HELD:
         for j in tl.static_range((K + BK - 1) // BK):
-            held = held + (state_block(state_row, j * BK, v, K, V, BK, TRANSPOSED).to(q.dtype.element_ty),)
+            held = held + (state_block(state_row, j * BK, columns, K, V, BK, TRANSPOSED).to(q.dtype.element_ty),)
     for t in range(begin, end, C):
         acc = tl.zeros([C, BV], tl.float32)
         if HELD:
             for j in tl.static_range((K + BK - 1) // BK):
                 q_c = load_tile(q_row, t, end, q_t * ALIGN, j * BK, K, BK, C)  # [C, BK]
+                if SILU:
+                    q_c = silu(q_c)
                 acc = tl.dot(q_c, held[j], acc, input_precision="tf32x3")
         else:
             for k in range(0, K, BK):
                 q_c = load_tile(q_row, t, end, q_t * ALIGN, k, K, BK, C)  # [C, BK]
-                s_c = state_block(state_row, k, v, K, V, BK, TRANSPOSED).to(q_c.dtype)
+                if SILU:
+                    q_c = silu(q_c)
+                s_c = state_block(state_row, k, columns, K, V, BK, TRANSPOSED).to(q_c.dtype)
                 acc = tl.dot(q_c, s_c, acc, input_precision="tf32x3")
-        store_tile(out_row, acc * scale, t, end, heads * V, column, V, BV, C)
+        acc *= scale
+        if SLOPE:
+            v_c = load_tile(v_row, t, end, v_t * ALIGN, column, V, BV, C).to(tl.float32)
+            open = sigmoid(v_c)
+            acc *= open * (1 + v_c * (1 - open))
+        store_tile(out_row, acc, t, end, heads * V, column, V, BV, C)

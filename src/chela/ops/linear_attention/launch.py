@@ -78,9 +78,17 @@ def log2(decay: Tensor | None) -> Tensor | None:
 
 
 def summed_states(
-    k: Tensor, v: Tensor, plan: Plan, log2_decay: Tensor | None, cu_seqlens: Tensor | None, **kind: bool
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    log2_decay: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    backward: bool = False,
+    whole: bool = False,
+    silu: bool = False,
 ) -> Tensor:
-    """What each split of `plan` adds [rows, H, splits, K, V], in float32."""
+    """What each split of `plan` adds [rows, H, splits, K, V], in float32; only if `whole`, the last one's too."""
     (k, v), strides, align = dense(k, v)
     rows, length, heads, key, value = count_rows(k, cu_seqlens), *k.shape[1:], v.shape[3]
     sums = k.new_empty(rows, heads, plan.splits, key, value, dtype=torch.float32)
@@ -88,7 +96,7 @@ def summed_states(
     kernels_states.state_sums[(rows * heads * plan.splits * tiles.programs(value),)](
         k, v, sums, log2_decay, cu_seqlens, length, heads, plan.splits, plan.unit, *strides,
         K=key, V=value, BK=tiles.key_tile, BV=tiles.value_tile, C=tiles.chunk, ALIGN=align,
-        DECAYS=log2_decay is not None, PACKED=cu_seqlens is not None, **kind,
+        DECAYS=log2_decay is not None, PACKED=cu_seqlens is not None, BACKWARD=backward, ALL=whole, SILU=silu,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return sums
@@ -107,7 +115,7 @@ def split_starts(
     """The state each split starts from [rows, H, splits, K, V]: before it, or behind it in the backward pass."""
     if plan.splits == 1:
         return start
-    sums = summed_states(k, v, plan, log2_decay, cu_seqlens, BACKWARD=backward, ALL=False)
+    sums = summed_states(k, v, plan, log2_decay, cu_seqlens, backward=backward)
     rows, heads, _, key, value = sums.shape
     block = 256
     kernels_states.scan_states[(rows * heads, -(-key * value // block))](

@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from chela.ops.documents import each_document
 from chela.ops.precision import wide_dtype
@@ -30,9 +31,12 @@ def linear_attention(
     state: Tensor | None,
     return_state: bool,
     cu_seqlens: Tensor | None,
+    silu: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Run the form with linear cost; arguments as in `chela.ops.linear_attention`, already checked."""
     dtype, wide = v.dtype, wide_dtype(v.dtype)
+    if silu:
+        v = F.silu(v)
     q, k, v = q.to(wide) * scale, k.to(wide), v.to(wide)
     if decay is not None:
         decay = decay.to(wide)
