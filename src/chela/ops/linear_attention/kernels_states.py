@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from chela.ops.activation_kernels import sigmoid
+from chela.ops.activation_kernels import sigmoid, silu
 from chela.ops.linear_attention.kernels import (
     jit,
     load_tile,
@@ -14,13 +14,6 @@ from chela.ops.linear_attention.kernels import (
     state_tile,
     store_tile,
 )
-
-
-@triton.jit
-def silu(x):
-    """In float32, rounded to the dtype of x."""
-    wide = x.to(tl.float32)
-    return (wide * sigmoid(wide)).to(x.dtype)
 
 
 @jit("k", "v")
