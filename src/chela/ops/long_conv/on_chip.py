@@ -7,7 +7,8 @@ A row of real numbers is taken as a polynomial on the circle z^N = i. The produc
 so the linear convolution stands in the real part and what wraps around in the imaginary part: no row is padded to
 twice its length. A tap l into the future is z^-l = -i z^(N-l), and what it brings from before the beginning is
 imaginary too. With N = N1 N2 the transform is two products with small matrices and a twiddle between them
-(`on_chip_kernels.py`), about N (N1 + N2) multiplications a row at the matrix units' rate.
+(`on_chip_steps.py`), about N (N1 + N2) multiplications a row at the matrix units' rate. Of short rows one kernel makes
+both gradients, from one transform of the output's; of long ones, that takes more registers than a thread has.
 
 Products are of float16 numbers, whatever 16-bit dtype the input has: every row is divided by a power of two that
 brings its largest entry to [1, 2), so no input overflows. Sums are float32. Errors are relative to the row's largest
