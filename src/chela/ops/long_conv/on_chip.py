@@ -44,6 +44,11 @@ class Size(NamedTuple):
         """Whether real and imaginary parts are made side by side, too."""
         return self.gradients > 0
 
+    @property
+    def options(self) -> dict[str, int]:
+        """What all kernels of such rows are compiled for."""
+        return {"N1": self.n1, "N2": self.n2, "num_warps": self.warps}
+
 
 SIZES = {
     1024: Size(64, 16, 4, 16, gradients=128),
@@ -115,9 +120,7 @@ def _spectra(kernel: Tensor, reverse: Tensor, n: int) -> tuple[Tensor, Tensor]:
         *_tables(size, kernel.device),
         AHEAD=ahead > 0,
         SIDE=size.side,
-        N1=size.n1,
-        N2=size.n2,
-        num_warps=size.warps,
+        **size.options,
     )
     return spectra, powers
 
@@ -137,9 +140,7 @@ def _convolve(rows: Tensor, spectra: tuple[Tensor, Tensor], *, mirror: bool) -> 
         each,
         MIRROR=mirror,
         SIDE=size.side,
-        N1=size.n1,
-        N2=size.n2,
-        num_warps=size.warps,
+        **size.options,
         num_stages=2,  # the next row's entries
         maxnreg=size.registers,
     )
@@ -159,9 +160,7 @@ def _correlate(g: Tensor, x: Tensor) -> Tensor:
         batch,
         channels,
         PART=PART,
-        N1=size.n1,
-        N2=size.n2,
-        num_warps=size.warps,
+        **size.options,
         num_stages=1,  # prefetching rows takes registers the sums need
     )
     return sums
@@ -182,9 +181,7 @@ def _differentiate(g: Tensor, x: Tensor, spectra: tuple[Tensor, Tensor]) -> tupl
         batch,
         channels,
         PART=PART,
-        N1=size.n1,
-        N2=size.n2,
-        num_warps=size.warps,
+        **size.options,
         num_stages=1,
         maxnreg=size.gradients,
     )
@@ -211,8 +208,6 @@ def _collect(sums: Tensor, kernel: Tensor, reverse: Tensor) -> tuple[Tensor, Ten
         *_tables(size, sums.device),
         AHEAD=ahead > 0,
         SIDE=size.side,
-        N1=n1,
-        N2=n2,
-        num_warps=size.warps,
+        **size.options,
     )
     return d_kernel, d_reverse
