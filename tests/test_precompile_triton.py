@@ -8,6 +8,7 @@ pytest.importorskip("triton.knobs")
 from triton_kit import census  # pyrefly: ignore
 
 KERNELS = {
+    "batch_norm": 4,  # moments of parts, merged; rows; sums of gradients
     "feed_forward": 5,  # weights folded, forward; gradients of rows and of weights, the latter summed
     "gated_output": 7,  # weight folded, values and gate both ways; the weight's gradient and its sum
     "linear_attention": 10,  # one split 3, several splits 7: few rows are cut in time from 64 tokens on

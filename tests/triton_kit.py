@@ -17,7 +17,7 @@ from unittest.mock import patch
 import torch
 
 MODULES = [
-    "feed_forward.fused", "gated_output.fused", "linear_attention.fused", "linear_attention.plan",
+    "batch_norm.fused", "feed_forward.fused", "gated_output.fused", "linear_attention.fused", "linear_attention.plan",
     "long_conv.fused", "long_conv.on_chip", "long_conv.panels", "long_conv.toeplitz", "long_conv.two_stage",
     "short_conv.fused",
 ]  # fmt: skip
@@ -69,6 +69,7 @@ def lengths_census(name: str) -> list[int]:
     """Kernels an op has asked for after each of 50 lengths, forward and backward."""
     from chela import ops
     from chela.ops import random_inputs
+    from chela.ops.batch_norm import batch_norm
     from chela.ops.feed_forward import feed_forward
     from chela.ops.gated_output import gated_output
     from chela.ops.testing import values_and_gradients
@@ -80,6 +81,8 @@ def lengths_census(name: str) -> list[int]:
     if name == "feed_forward":
         inputs_of, op = lambda t: random_inputs.feed_forward_inputs(2, t, d=128, f=256, **HALF), feed_forward
         op = functools.partial(op, norm="layer", dropout=0.1, seed=seed)
+    elif name == "batch_norm":
+        inputs_of, op = lambda t: random_inputs.batch_norm_inputs(2, t, d=128, **HALF), lambda **x: batch_norm(**x)[0]
     elif name == "gated_output":
         inputs_of, op = lambda t: random_inputs.gated_output_inputs(2, t, d=128, v=256, **HALF), gated_output
         op = functools.partial(op, heads=1, dropout=0.1, seed=seed)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from chela.ops import linear_attention, linear_attention_step, long_conv, short_conv
+from chela.ops.batch_norm import batch_norm
 from chela.ops.feed_forward import feed_forward
 from chela.ops.gated_output import gated_output
 from chela.ops.impl import WITH_TRITON, Impl
@@ -22,6 +23,7 @@ from chela.ops.linear_attention.reference import bidirectional, chunked
 from chela.ops.long_conv.fourier import fft_conv
 from chela.ops.long_conv.reference import direct
 from chela.ops.random_inputs import (
+    batch_norm_inputs,
     feed_forward_inputs,
     gated_output_inputs,
     linear_attention_inputs,
@@ -148,6 +150,20 @@ def _gated(rows: int, d: int, v: int) -> Case:
     )
 
 
+def _batch_norm(rows: int, d: int) -> Case:
+    def run(x: Tensor, weight: Tensor, bias: Tensor, impl: Impl = "reference") -> Outputs:
+        mask = torch.arange(rows, device=x.device) % 5 > 0
+        return (batch_norm(x, weight, bias, mask=mask, impl=impl)[0],)
+
+    return Case(
+        "batch_norm",
+        f"padding, {_shape('ND', (rows, d))}",
+        lambda dtype, device: batch_norm_inputs(rows, d=d, dtype=dtype, device=device),
+        run,
+        run,
+    )
+
+
 def _shape(axes: str, sizes: tuple[int, ...]) -> str:
     return " ".join(f"{axis}{size}" for axis, size in zip(axes, sizes, strict=True))
 
@@ -163,6 +179,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         _feed_forward(193, 24, 80),
         _feed_forward(193, 24, 80, gated=True),
         _gated(193, 24, 40),
+        _batch_norm(193, 24),
     ),
     "cuda": (
         _attention("causal", 2, 1000, 3, 64, 64, state=True),
@@ -179,6 +196,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         _feed_forward(4099, 128, 256),
         _feed_forward(4099, 128, 256, gated=True),
         _gated(4099, 128, 256),
+        _batch_norm(4099, 128),
     ),
 }
 """For each kind of device. On a GPU: few rows that are long, which are split over the multiprocessors, and others."""

@@ -12,6 +12,7 @@ from chela.ops.dropout import draw_seed
 from chela.ops.feed_forward import feed_forward, fits
 from chela.ops.impl import Impl, resolve
 from chela.ops.moments import Moments
+from chela.ops.precision import product_dtype
 
 
 class ChelaBlock(nn.Module):
@@ -65,7 +66,7 @@ class ChelaBlock(nn.Module):
         }
         if self.prenorm:
             moments = None
-            normed = self.layer_norm(x, mask)
+            normed = self._normed(x, mask, impl)
             if self.norm == "batch" and self.training and self._fused(x, impl):
                 x, after, moments = self.layer.with_moments(normed, residual=x, **carry)
             else:
@@ -78,6 +79,12 @@ class ChelaBlock(nn.Module):
             if self.feed_forward is not None and self.feed_forward_norm is not None:
                 x = self.feed_forward_norm(self._feed_forward(x, mask, None, impl), mask)
         return x, after
+
+    def _normed(self, x: Tensor, mask: Tensor | None, impl: Impl) -> Tensor:
+        """What the layer reads; batch norm writes it as products take it."""
+        if isinstance(self.layer_norm, BatchNorm):
+            return self.layer_norm(x, mask, dtype=product_dtype(x), impl=impl)
+        return self.layer_norm(x, mask)
 
     def _fused(self, x: Tensor, impl: Impl) -> bool:
         """Whether the feed-forward part runs in one op."""

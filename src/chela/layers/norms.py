@@ -6,7 +6,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from chela.ops.moments import Moments, channel_moments
+from chela.ops.batch_norm import batch_norm
+from chela.ops.impl import Impl, resolve
+from chela.ops.moments import Moments
 
 NormKind = Literal["layer", "rms", "scale", "batch"]
 
@@ -63,13 +65,20 @@ class BatchNorm(nn.BatchNorm1d):
     """
 
     def forward(  # pyrefly: ignore
-        self, x: Float[Tensor, "b t d"], mask: Bool[Tensor, "b t"] | None = None
+        self,
+        x: Float[Tensor, "b t d"],
+        mask: Bool[Tensor, "b t"] | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        impl: Impl = "auto",
     ) -> Float[Tensor, "b t d"]:
-        """Normalise each channel over B and T."""
-        if mask is None or not self.training:
-            return super().forward(x.flatten(0, 1)).view_as(x)
-        mean, rstd = self.statistics(channel_moments(x, mask))
-        return ((x.to(mean.dtype) - mean) * rstd * self.weight + self.bias).to(x.dtype)
+        """Normalise each channel over B and T; the result is of that dtype, x's by default."""
+        plain = resolve(impl, x.device, "batch_norm") == "reference"
+        if not self.training or (plain and mask is None):
+            return super().forward(x.flatten(0, 1)).view_as(x).to(x.dtype if dtype is None else dtype)
+        y, moments = batch_norm(x, self.weight, self.bias, mask=mask, eps=self.eps, dtype=dtype, impl=impl)
+        self.statistics(moments)
+        return y
 
     def statistics(self, moments: Moments | None) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
         """Mean of each channel and inverse of its standard deviation: what x is normalised with.

@@ -11,6 +11,7 @@ from chela.layers.padding import check_mask, zero_padding
 from chela.ops import long_conv, long_conv_online_state, long_conv_step, short_conv, short_conv_step
 from chela.ops.impl import Impl
 from chela.ops.long_conv.online import OnlineState
+from chela.ops.precision import product_dtype
 
 
 class ShortLongState(NamedTuple):
@@ -125,7 +126,7 @@ class ShortLongConv(nn.Module):
         before = state or ShortLongState(None, None)
         carry = {"causal": self.causal, "return_state": return_state, "cu_seqlens": cu_seqlens, "impl": impl}
         after_short = after_long = None
-        u = zero_padding(_narrow(x), mask)
+        u = zero_padding(x.to(product_dtype(x)), mask)
         if self.short_weight is not None:
             weight, bias = self.short_weight.to(u.dtype), self.short_bias
             if before.short is not None and is_step(x, return_state):
@@ -199,11 +200,3 @@ class ShortLongConv(nn.Module):
 def is_step(x: Tensor, return_state: bool) -> bool:
     """Whether a piece is a single token on the way, for which the ops have steps of their own, and no gradient."""
     return return_state and x.shape[1] == 1 and not torch.is_grad_enabled()
-
-
-def _narrow(x: Tensor) -> Tensor:
-    """What autocast does before a matrix product: norms and embeddings come in float32."""
-    kind = x.device.type
-    if x.dtype == torch.float32 and kind != "meta" and torch.is_autocast_enabled(kind):
-        return x.to(torch.get_autocast_dtype(kind))
-    return x

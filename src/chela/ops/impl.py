@@ -8,7 +8,7 @@ import torch
 
 Impl = Literal["auto", "triton", "reference"]
 
-WITH_TRITON = frozenset({"feed_forward", "gated_output", "linear_attention", "long_conv", "short_conv"})
+WITH_TRITON = frozenset({"batch_norm", "feed_forward", "gated_output", "linear_attention", "long_conv", "short_conv"})
 """Ops that have Triton kernels. "auto" runs the reference of every other op, on every device."""
 
 

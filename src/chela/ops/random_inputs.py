@@ -154,6 +154,20 @@ def feed_forward_inputs(
     return inputs
 
 
+def batch_norm_inputs(*rows: int, d: int, seed: int = 0, **options: Any) -> dict[str, Any]:
+    """Draw x [*rows, D], away from zero, with weight and bias [D].
+
+    `options` are those of `draw`, for x; the others are contiguous, float32 (float64 for float64).
+    """
+    device, wide = _device_and_wide(options)
+    parameter = {"dtype": wide, "device": device}
+    return {
+        "x": 3 + draw(*rows, d, seed=seed, **options),
+        "weight": 1 + 0.3 * draw(d, seed=seed + 1, **parameter),
+        "bias": draw(d, seed=seed + 2, **parameter) * 0.3,
+    }
+
+
 def gated_output_inputs(
     *rows: int,
     d: int,

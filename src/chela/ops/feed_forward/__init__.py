@@ -11,7 +11,7 @@ from chela.ops.dropout import check_seed, threshold
 from chela.ops.feed_forward import reference
 from chela.ops.impl import Impl, resolve
 from chela.ops.launch import roomy
-from chela.ops.precision import no_autocast
+from chela.ops.precision import no_autocast, product_dtype
 
 Norm = Literal["layer", "rms", "scale", "batch", "none"]
 
@@ -33,7 +33,7 @@ def widest(dtype: torch.dtype, device: torch.device, *, gated: bool) -> int:
 
 def fits(x: Tensor, *, gated: bool = False) -> bool:
     """Whether the Triton kernels take rows as wide as those of x [..., D], on its device."""
-    return x.shape[-1] <= widest(_product_dtype(x), x.device, gated=gated)
+    return x.shape[-1] <= widest(product_dtype(x), x.device, gated=gated)
 
 
 def feed_forward(
@@ -117,7 +117,7 @@ def feed_forward(
         "residual": x if residual is None else residual,
         "dropout": dropout,
         "seed": seed,
-        "dtype": _product_dtype(x),
+        "dtype": product_dtype(x),
     }
     if impl == "auto" and not fits(x, gated=w3 is not None):
         impl = "reference"
@@ -127,12 +127,6 @@ def feed_forward(
         return fused.feed_forward(x, w1, b1, w2, b2, **options | {"residual": residual})
     with no_autocast(x.device):
         return reference.feed_forward(x, w1, b1, w2, b2, **options)
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    if x.dtype != torch.float64 and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
 
 
 def _check(

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from chela.ops import moment_kernels
 from chela.ops.dropout import scale, threshold
-from chela.ops.gated_output import WIDEST, kernels, moment_kernels, weight_kernels
+from chela.ops.gated_output import WIDEST, kernels, weight_kernels
 from chela.ops.gated_output.reference import EPS, STREAM
 from chela.ops.launch import ceil, dense, grid, no_second_derivative, power, roomy, rows
 from chela.ops.moments import Moments

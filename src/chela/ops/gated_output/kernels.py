@@ -12,7 +12,7 @@ import triton.language as tl
 
 from chela.ops.activation_kernels import sigmoid
 from chela.ops.dropout_kernels import keep_loaded, kept_before
-from chela.ops.gated_output.moment_kernels import counted, pushes, store_part, take_in
+from chela.ops.moment_kernels import counted, pushes, store_part, take_in
 
 
 @triton.jit

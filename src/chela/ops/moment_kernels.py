@@ -1,4 +1,4 @@
-"""Moments of the output's channels in Triton: each program's share, their merging, and what their gradients add to dy.
+"""Moments of channels in Triton: each program's share, their merging, and what their gradients add to that of the rows.
 
 A thread adds one row after the other, as Welford (1962) does, so that squares are of differences alone; threads and
 programs are merged as Chan, Golub and LeVeque (1979) do:
