@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from chela.evaluation.bench_peers import FLA_CHUNK, FLA_FUSED, LIGHTNING, OWN_SHAPE, SDPA
+from chela.evaluation.bench_peers import FLA_CHUNK, FLA_FUSED, FLASH_FFT, LIGHTNING, OWN_SHAPE, SDPA
 from chela.evaluation.bench_suite import Contender, Inputs, Shape, Suite
 from chela.ops import (
     linear_attention,
@@ -150,10 +150,18 @@ LONG = Suite(
             },
             longest=lambda device: 512,
         ),
+        FLASH_FFT,
     ),
     shapes={
         "cpu": tuple({**s, "L": s["T"]} for s in _lengths({"B": 1, "T": 0, "D": 128}, CPU_LENGTHS)),
-        "cuda": tuple({**s, "L": s["T"]} for s in _lengths({"B": 0, "T": 0, "D": 128}, GPU_LENGTHS, GPU_TOKENS)),
+        "cuda": tuple(
+            {**s, "L": s["T"]}
+            for s in (
+                *_lengths({"B": 0, "T": 0, "D": 128}, [2**n for n in range(9, 18)], GPU_TOKENS),
+                {"B": 1, "T": 2**18, "D": 64},  # channels as memory allows, for the peers
+                {"B": 1, "T": 2**20, "D": 32},
+            )
+        ),
     },
     check={"B": 2, "T": 333, "D": 24, "L": 333},
 )

@@ -1,8 +1,12 @@
-"""Others who do the job of linear attention, or what it stands in for: torch's softmax attention and two packages.
+"""Others who do an op's job, or what it stands in for: torch's softmax attention and packages.
 
 None is needed, and none is imported before it runs. A peer gets its inputs in the layout it likes best.
 """
 
+import functools
+from typing import Any
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -43,6 +47,14 @@ def _lightning(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return lightning_attn2_no_decay(q, k, v)
 
 
+@functools.lru_cache(maxsize=1)
+def _flash_fft(length: int, dtype: torch.dtype, device: torch.device) -> Any:
+    """FlashFFTConv of rows of that length, with what it keeps for them."""
+    from flashfftconv import FlashFFTConv  # pyrefly: ignore
+
+    return FlashFFTConv(2 * length, dtype=dtype).to(device)
+
+
 SDPA = Contender(
     "torch SDPA, softmax",
     lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
@@ -57,4 +69,11 @@ LIGHTNING = Contender(
     prepare=_heads_first,
     longest=lambda device: 131_072 if device == "cuda" else 0,
     package="lightning_attn",
+)
+FLASH_FFT = Contender(
+    "FlashFFTConv",
+    lambda x, kernel: _flash_fft(x.shape[2], x.dtype, x.device)(x, kernel),
+    prepare=lambda inputs, shape: {"x": inputs["x"].transpose(1, 2).contiguous(), "kernel": inputs["kernel"].float()},
+    longest=lambda device: 2**21 if device == "cuda" else 0,
+    package="flashfftconv",
 )
