@@ -13,12 +13,12 @@ import torch
 pytest.importorskip("triton")
 
 from chela.ops import long_conv
-from chela.ops.long_conv import fused, method, on_chip, panels, two_stage
+from chela.ops.long_conv import method, on_chip, panels, two_stage
 from chela.ops.long_conv.fourier import fft_conv
 from chela.ops.long_conv.method import choose
 from chela.ops.random_inputs import draw, long_conv_inputs
 from chela.ops.testing import error_budget, relative_error, values_and_gradients
-from test_long_conv_triton import check, convolve, high_precision, inputs_of, plain  # pyrefly: ignore
+from test_long_conv_triton import check, convolve, high_precision, inputs_of, plain, take  # pyrefly: ignore
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF, BRAIN = torch.float16, torch.bfloat16
@@ -31,13 +31,13 @@ LEAK = 2**-9
 @pytest.fixture(params=[*LONGEST, "on_chip, apart"])
 def name(request, monkeypatch):
     """A method whose choice is taken away, with short rows; of those on the chip also in the form of long ones."""
-    method, *apart = request.param.split(", ")
+    name, *apart = request.param.split(", ")
     if apart:
-        monkeypatch.setitem(on_chip.SIZES, 1024, on_chip.SIZES[1024]._replace(gradients=0))
+        monkeypatch.setitem(on_chip.SIZES, 1024, on_chip.SIZES[1024]._replace(gradients=0, beside=0))
     monkeypatch.setitem(panels.SIZES, LONGEST["panels"], panels.Size(16, 16, 16, 4))
     monkeypatch.setitem(two_stage.SIZES, LONGEST["two_stage"], two_stage.Size(16, 16, 16, 4))
-    monkeypatch.setattr(fused, "choose", lambda *sizes, room: method)
-    return method
+    take(monkeypatch, name)
+    return name
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ INTERPRETED = [(14_113, "more"), (14_113, "both ways"), (65_537, "both ways")]
     ],
 )
 def test_rows_of_their_real_length(length, part, monkeypatch):
-    monkeypatch.setattr(fused, "choose", lambda *sizes, room: "panels")
+    take(monkeypatch, "panels")
     lags = {"one tap": 1, "a few": 7, "a third": length // 3, "all": length, "more": length + 50}.get(part, length)
     reverse, state = (length - 1, None) if part == "both ways" else (None, min(lags - 1, 100))
     inputs = inputs_of(1, length, 2, lags, reverse=reverse, state=state, dtype=HALF)
@@ -117,15 +117,15 @@ def test_the_op_is_well_registered(name):
 )
 def test_programs_that_take_a_part_of_a_panel_and_several_tiles_in_a_row(size, monkeypatch):
     monkeypatch.setitem(panels.SIZES, 8192, size)
-    monkeypatch.setattr(fused, "choose", lambda *sizes, room: "panels")
+    take(monkeypatch, "panels")
     op = functools.partial(long_conv, causal=False, impl="triton")
     check(op, inputs_of(2 if DEVICE == "cuda" else 1, 500, 11, 400, reverse=499, dtype=BRAIN))
 
 
 def test_more_rows_than_one_program_takes(monkeypatch):
-    monkeypatch.setattr(fused, "choose", lambda *sizes, room: "on_chip")
+    take(monkeypatch, "on_chip")
     monkeypatch.setattr(on_chip, "PROGRAMS", 4)
-    rows = 1 + max(2 * on_chip.PART, on_chip.SIZES[1024].rows)
+    rows = 1 + max(2 * on_chip.MOST, on_chip.SIZES[1024].rows)
     check(convolve, inputs_of(rows, 5, 2, 4, dtype=BRAIN))
 
 
@@ -228,7 +228,7 @@ def test_the_choice_knows_the_longest_rows():
 @pytest.mark.parametrize("n", on_chip.SIZES)
 @pytest.mark.parametrize("causal", [pytest.param(True, marks=pytest.mark.gpu), False])
 def test_rows_of_every_size(n, causal, nan_memory, monkeypatch):
-    monkeypatch.setattr(fused, "choose", lambda *sizes, room: "on_chip")
+    take(monkeypatch, "on_chip")
     monkeypatch.setattr(on_chip, "PROGRAMS", 4)
     batch, channels = (1 + on_chip.SIZES[n].rows, 5) if DEVICE == "cuda" else (2, 2)
     reverse = None if causal else n - 4

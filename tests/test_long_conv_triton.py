@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from chela.ops import long_conv
-from chela.ops.long_conv import fused, packed, reference, toeplitz
+from chela.ops.long_conv import fused, method, packed, reference, toeplitz
 from chela.ops.long_conv.fourier import fft_conv
 from chela.ops.random_inputs import draw, long_conv_inputs
 from chela.ops.testing import check_op, error_budget, relative_error, values_and_gradients
@@ -24,17 +24,25 @@ METHODS = [("toeplitz", SINGLE), ("toeplitz", HALF), ("on_chip", BRAIN), ("trans
 convolve: Any = functools.partial(long_conv, impl="triton", return_state=True)
 
 
+def take(monkeypatch, name):
+    """Take the choice of the method away."""
+    monkeypatch.setattr(method, "choose", lambda *sizes, room: name)
+    monkeypatch.setattr(
+        fused, "keeps", lambda dtype, total, room: name in ("toeplitz", "on_chip") and dtype.itemsize == 2
+    )
+
+
 @pytest.fixture(params=METHODS, ids=lambda case: f"{case[0]}-{case[1]}".replace("torch.", ""))
 def dtype(request, monkeypatch):
     """A dtype to test in, with the choice of the method taken away."""
     name, dtype = request.param
-    monkeypatch.setattr(fused, "choose", lambda *sizes, room: name)
+    take(monkeypatch, name)
     return dtype
 
 
 @pytest.fixture
 def by_toeplitz(monkeypatch):
-    monkeypatch.setattr(fused, "choose", lambda *sizes, room: "toeplitz")
+    take(monkeypatch, "toeplitz")
 
 
 def plain(x, kernel, reverse_kernel=None, state=None, form=reference.direct):

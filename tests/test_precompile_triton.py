@@ -12,7 +12,7 @@ KERNELS = {
     "feed_forward": 5,  # weights folded, forward; gradients of rows and of weights, the latter summed
     "gated_output": 7,  # weight folded, values and gate both ways; the weight's gradient and its sum
     "linear_attention": 10,  # one split 3, several splits 7: few rows are cut in time from 64 tokens on
-    "long_conv": 21,  # Toeplitz tiles 8; rows on the chip 4 for each of two short sizes and 5 for one long
+    "long_conv": 21,  # Toeplitz tiles 7; rows on the chip 4 for each of two short sizes and 6 for one long
     "short_conv": 3,
 }
 

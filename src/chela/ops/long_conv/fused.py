@@ -1,19 +1,18 @@
 """The long convolution on a GPU: registered ops that choose their method by shape, and their gradients.
 
-Two ops, for batches and for packed documents. Triton is imported when one of them runs. Everything else about state
-and documents is done as in the reference.
+Two ops, for batches and for packed documents; `kept.py` has another for most batches, where gradients are wanted.
+Triton is imported when one of them runs. Everything else about state and documents is done as in the reference.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from chela.ops.launch import roomy
-from chela.ops.long_conv import packed
-from chela.ops.long_conv.history import with_history, within_reach
-from chela.ops.long_conv.method import choose
+from chela.ops.long_conv import kept, packed
+from chela.ops.long_conv.history import lengthen, with_history, within_reach
+from chela.ops.long_conv.method import keeps, method_of
 
 
 def long_conv(
@@ -31,7 +30,7 @@ def long_conv(
         out = torch.ops.chela.packed_long_conv.default(x, carried, kernel, cu_seqlens)
         return out, packed.last_inputs(x, state, cu_seqlens, kernel.shape[1] - 1) if return_state else None
     return with_history(
-        torch.ops.chela.long_conv.default,
+        _convolve,
         x,
         kernel,
         reverse_kernel=reverse_kernel,
@@ -39,6 +38,13 @@ def long_conv(
         return_state=return_state,
         cu_seqlens=cu_seqlens,
     )
+
+
+def _convolve(history: Tensor, kernel: Tensor, reverse: Tensor, length: int) -> Tensor:
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (history, kernel, reverse))
+    if wanted and keeps(history.dtype, history.shape[1], room=roomy(history.device)):
+        return kept.convolve(history, kernel, reverse, length)
+    return torch.ops.chela.long_conv.default(history, kernel, reverse, length)
 
 
 # Registered by schema, not by torch.library.custom_op: that loads the compiler, 1.7 s, when the op is first called.
@@ -52,21 +58,13 @@ torch.library.define("chela::packed_long_conv", f"({_PACKED}) -> Tensor", tags=_
 torch.library.define("chela::packed_long_conv_backward", f"(Tensor grad, {_PACKED}) -> {_GRADS}", tags=_TAG)
 
 
-def _method(history: Tensor, kernel: Tensor, reverse: Tensor, length: int) -> Any:
-    from chela.ops.long_conv import on_chip, panels, toeplitz, transform, two_stage
-
-    sizes = history.shape[1], length, kernel.shape[1], reverse.shape[1]
-    name = choose(history.dtype, *sizes, room=roomy(history.device))
-    methods = {"toeplitz": toeplitz, "on_chip": on_chip, "panels": panels, "two_stage": two_stage}
-    return methods.get(name, transform)
-
-
 @torch.library.impl("chela::long_conv", "default")
 def _forward(history: Tensor, kernel: Tensor, reverse: Tensor, length: int) -> Tensor:
     if not history.numel():
         return history.new_empty(history.shape[0], length, history.shape[2])
-    kernel, reverse = within_reach(history, kernel, reverse, length)  # here, where a compiler does not look at lengths
-    return _method(history, kernel, reverse, length).forward(history, kernel, reverse, length)
+    total = history.shape[1]
+    kernel, reverse = within_reach(total, kernel, reverse, length)  # here, where a compiler does not look at lengths
+    return method_of(history, total, kernel, reverse, length).forward(history, kernel, reverse, length)
 
 
 @torch.library.impl("chela::long_conv_backward", "default")
@@ -75,14 +73,11 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not history.numel():
         return tuple(torch.zeros_like(tensor) for tensor in (history, kernel, reverse))  # pyrefly: ignore
-    taps, ahead = within_reach(history, kernel, reverse, length)
-    d_history, d_taps, d_ahead = _method(history, taps, ahead, length).backward(grad, history, taps, ahead, length)
-    return d_history, _lengthen(d_taps, kernel), _lengthen(d_ahead, reverse)
-
-
-def _lengthen(gradient: Tensor, kernel: Tensor) -> Tensor:
-    """Zeros for the lags that reach no input."""
-    return F.pad(gradient, (0, more)) if (more := kernel.shape[1] - gradient.shape[1]) else gradient
+    total = history.shape[1]
+    taps, ahead = within_reach(total, kernel, reverse, length)
+    method = method_of(history, total, taps, ahead, length)
+    d_history, d_taps, d_ahead = method.backward(grad, history, taps, ahead, length)
+    return d_history, lengthen(d_taps, kernel), lengthen(d_ahead, reverse)
 
 
 @torch.library.register_fake("chela::long_conv")

@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from chela.ops.documents import each_document
 
+BLOCK = 128
+"""Times in a block of a row, where one sequence of a channel lies in a row."""
 Convolve = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 """`convolve(history, kernel, reverse, length)` gives the last `length` >= 1 outputs; it cuts the kernels by
 `within_reach` itself."""
@@ -44,6 +46,16 @@ def with_history(
     return out, state if return_state else None
 
 
-def within_reach(history: Tensor, kernel: Tensor, reverse: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Cut the kernels to the lags that reach an input."""
-    return kernel[:, : history.shape[1]], reverse[:, : max(0, length - 1)]
+def within_reach(total: int, kernel: Tensor, reverse: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Cut the kernels to the lags that reach one of `total` inputs from the last `length`."""
+    return kernel[:, :total], reverse[:, : max(0, length - 1)]
+
+
+def lengthen(gradient: Tensor, kernel: Tensor) -> Tensor:
+    """Zeros for the lags that reach no input."""
+    return F.pad(gradient, (0, more)) if (more := kernel.shape[1] - gradient.shape[1]) else gradient
+
+
+def places(total: int, length: int) -> int:
+    """Places in a row for `total` inputs, of which `length` are no state: whole blocks of both."""
+    return (-((length - total) // BLOCK) - -length // BLOCK) * BLOCK

@@ -14,15 +14,42 @@ from chela.ops.launch import jit
 def to_blocks(
     x, out, length, batch, width, front, limit, xb, xt, xd, ob, oi, od, BLOCK: tl.constexpr, CHANNELS: tl.constexpr
 ):
-    """out[b, d, p] = x[b, p - front, d] for p < 16 limit, zero where x has nothing: time goes to the last axis.
+    """out[b, d, p] = x[b, p - front, d] for p < 16 limit, zero where x has nothing: time goes to the last axis."""
+    part, tile = tl.program_id(0), tl.program_id(1)
+    turn_block(part, tile, x, out, length, batch, width, front, limit, xb, xt, xd, ob, oi, od, BLOCK, CHANNELS)
+
+
+@jit("length", "batch", "front", "limit", "blocks", "lags", "ahead", "origin", "stretch", "kd", "rd", "rl")
+def to_blocks_beside_taps(
+    x, out, length, batch, width, front, limit, xb, xt, xd, ob, oi, od, blocks,
+    kernel, reverse, taps, lags, ahead, origin, stretch, kd, kl, rd, rl,
+    FLIP: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Taps shifted by the first programs, and `to_blocks` of so many blocks by the others, which hide them."""
+    program = tl.program_id(0)
+    first = width * stretch
+    if program < first:
+        d, part = (program // stretch).to(tl.int64), program % stretch
+        _shift(d, part, kernel, reverse, taps, lags, ahead, origin, stretch, kd, kl, rd, rl, FLIP, BLOCK)
+    else:
+        part, tile = (program - first) % blocks, (program - first) // blocks
+        turn_block(part, tile, x, out, length, batch, width, front, limit, xb, xt, xd, ob, oi, od, BLOCK, CHANNELS)
+
+
+@jit()
+def turn_block(
+    part, tile, x, out, length, batch, width, front, limit, xb, xt, xd, ob, oi, od,
+    BLOCK: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """A program's part of `to_blocks`: a block of time of a row of the batch, and a tile of channels.
 
     The masks along the axis that lies in a row change only at multiples of 16 (or of what the compiler knows of the
     number of channels), or loads and stores could not be wide.
     """
-    b, i = tl.program_id(0) % batch, tl.program_id(0) // batch
+    b, i = part % batch, part // batch
     place = i * BLOCK + tl.arange(0, BLOCK)
     t = place - front
-    d = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)).to(tl.int64)
+    d = (tile * CHANNELS + tl.arange(0, CHANNELS)).to(tl.int64)
     source = x + b.to(tl.int64) * xb + t.to(tl.int64)[:, None] * xt + d[None, :] * xd  # [BLOCK, CHANNELS]
     value = tl.load(source, mask=((t >= 0) & (t < length))[:, None] & (d < width)[None, :], other=0)
     target = out + b.to(tl.int64) * ob + i.to(tl.int64) * oi + d[None, :] * od + tl.arange(0, BLOCK)[:, None]
@@ -44,17 +71,17 @@ def from_blocks(
     tl.store(target, value.to(out.dtype.element_ty), mask=((t >= 0) & (t < length))[:, None] & (d < width)[None, :])
 
 
-@jit("lags", "ahead", "origin", "stretch", "kd", "rd", "rl")
-def shift_taps(
-    kernel, reverse, taps, lags, ahead, origin, stretch, kd, kl, rd, rl, FLIP: tl.constexpr, BLOCK: tl.constexpr
-):
-    """taps[d, s, p] = the tap of lag p + s - origin M (of its negative, if FLIP), for s = 0 .. 7.
+@jit()
+def _shift(
+    d, part, kernel, reverse, taps, lags, ahead, origin, stretch, kd, kl, rd, rl,
+    FLIP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """taps[d, s, p] = the tap of lag p + s - origin M (of its negative, if FLIP), for s = 0 .. 7, M of all p.
 
     Eight copies, each one place further on, so that a run of taps that starts anywhere starts at a multiple of eight
     places in one of them.
     """
-    d = tl.program_id(1).to(tl.int64)
-    p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    p = part * BLOCK + tl.arange(0, BLOCK)
     for s in tl.static_range(8):
         lag = p + s - origin * BLOCK
         if FLIP:

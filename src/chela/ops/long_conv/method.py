@@ -3,9 +3,12 @@
 The bounds come from one H100 (bfloat16, torch 2.11, Triton 3.6). To take a method out, take its case out of `choose`.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
+
+from chela.ops.launch import roomy
 
 Method = Literal["toeplitz", "on_chip", "panels", "two_stage", "transform"]
 
@@ -43,6 +46,24 @@ def choose(dtype: torch.dtype, history: int, length: int, lags: int, ahead: int,
     padding = (1 << (history - 1).bit_length()) / history if method in LONGEST else 1.0  # of work, by the row's length
     reach = _mean_reach(lags, history - length, length) + _mean_reach(ahead, 0, length)
     return "toeplitz" if reach <= BEATEN[method] * padding else method
+
+
+def keeps(dtype: torch.dtype, history: int, *, room: bool = True) -> bool:
+    """Whether the forward pass keeps rows for the backward pass: as far as methods that bring the history into some go.
+
+    A program that is compiled for any length is compiled once more where a length crosses this bound.
+    """
+    return dtype in (torch.bfloat16, torch.float16) and history <= (LONGEST if room else TIGHT)["on_chip"]
+
+
+def method_of(like: Tensor, total: int, kernel: Tensor, reverse: Tensor, length: int) -> Any:
+    """The module that convolves `total` inputs of this dtype and device with kernels that are within reach."""
+    from chela.ops.long_conv import on_chip, panels, toeplitz, transform, two_stage
+
+    sizes = total, length, kernel.shape[1], reverse.shape[1]
+    name = choose(like.dtype, *sizes, room=roomy(like.device))
+    methods = {"toeplitz": toeplitz, "on_chip": on_chip, "panels": panels, "two_stage": two_stage}
+    return methods.get(name, transform)
 
 
 def _mean_reach(lags: int, carried: int, length: int) -> float:

@@ -21,9 +21,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from chela.ops.launch import ceil
 from chela.ops.long_conv import on_chip_kernels as kernels
-from chela.ops.long_conv.rows import count, from_rows, parts, to_rows, turns
+from chela.ops.long_conv.history import BLOCK, places
+from chela.ops.long_conv.rows import CHANNELS, count, from_rows, parts, to_rows, turning, turning_grid, turns
 
 
 class Size(NamedTuple):
@@ -36,6 +39,9 @@ class Size(NamedTuple):
     """Most rows of the batch that one program convolves with tables and spectrum that it reads once."""
     registers: int | None = None
     """Most of them a thread; fewer let more programs run side by side."""
+    beside: int = 0
+    """Most of them where taps are transformed beside the pass that brings rows in, which wants many programs; 0 for a
+    launch of their own."""
     gradients: int = 0
     """Most of them where one kernel makes both gradients; 0 for a kernel each, of rows too long for that."""
 
@@ -51,8 +57,8 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    1024: Size(64, 16, 4, 16, gradients=128),
-    2048: Size(64, 32, 4, 16, registers=128, gradients=255),
+    1024: Size(64, 16, 4, 16, beside=80, gradients=128),
+    2048: Size(64, 32, 4, 16, registers=128, beside=80, gradients=255),
     4096: Size(64, 64, 4, 8),
     8192: Size(128, 64, 8, 8),
 }
@@ -60,8 +66,23 @@ SIZES = {
 LONGEST = max(SIZES)
 PROGRAMS = 256
 """As many programs there are before one takes several rows: two for each multiprocessor."""
-PART = 8
-"""Rows of the batch whose spectra one program sums for the gradient of the taps."""
+MOST = 32
+"""Most rows of the batch whose spectra one program sums for the gradient of the taps."""
+
+
+def summed(channels: int, batch: int, size: Size) -> int:
+    """Rows whose spectra one program sums: what ends first and, of those, the most, for fewer sums to read again.
+
+    As many programs run at a time as there are registers for (2^16 of a multiprocessor), each as long as it has rows;
+    reading its sum again takes about a quarter of a row.
+    """
+    at_a_time = PROGRAMS // 2 * (2**16 // (32 * size.warps * (size.gradients or 255)))
+
+    def time(rows: int) -> tuple[float, int]:
+        parts = ceil(batch, rows)
+        return ceil(channels * parts, at_a_time) * rows + parts / 4, -rows
+
+    return min(range(1, min(batch, MOST) + 1), key=time)
 
 
 def fitting(inputs: int) -> int:
@@ -71,23 +92,57 @@ def fitting(inputs: int) -> int:
 
 def forward(history: Tensor, kernel: Tensor, reverse: Tensor, length: int) -> Tensor:
     """Convolve; arguments and result as `chela.ops.long_conv.fourier.fft_conv`, at most `LONGEST` 16-bit inputs."""
-    n, end = fitting(history.shape[1]), history.shape[1]
-    out = _convolve(to_rows(history, 0, n), _spectra(kernel, reverse, n), mirror=False)
-    return from_rows(out, history.new_empty(history.shape[0], length, history.shape[2]), end - length)
+    n, wide = _sizes(history.shape[1], length)
+    return _outputs(_convolve(*_prepare(history, 0, wide, kernel, reverse, n), n, mirror=False), history, length)
+
+
+def forward_keeping(history: Tensor, kernel: Tensor, reverse: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """The same and the history in rows [D, B, `places`]."""
+    n, wide = _sizes(history.shape[1], length)
+    rows, spectra = _prepare(history, 0, wide, kernel, reverse, n)
+    return _outputs(_convolve(rows, spectra, n, mirror=False), history, length), rows
 
 
 def backward(
     grad: Tensor, history: Tensor, kernel: Tensor, reverse: Tensor, length: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for history, kernel and reverse, given that of the output [B, T, D]."""
-    n, end = fitting(history.shape[1]), history.shape[1]
-    g, x, spectra = to_rows(grad, end - length, n), to_rows(history, 0, n), _spectra(kernel, reverse, n)
+    total = history.shape[1]
+    return backward_of_kept(grad, to_rows(history, 0, places(total, length)), kernel, reverse, total, length)
+
+
+def backward_of_kept(
+    grad: Tensor, rows: Tensor, kernel: Tensor, reverse: Tensor, total: int, length: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same from rows that the forward pass kept of `total` inputs."""
+    n, wide = _sizes(total, length)
+    g, spectra = _prepare(grad, total - length, wide, kernel, reverse, n)
     if SIZES[n].gradients:
-        d_rows, sums = _differentiate(g, x, spectra)
+        d_rows, sums = _differentiate(g, rows, spectra, n)
     else:
-        d_rows, sums = _convolve(g, spectra, mirror=True), _correlate(g, x)
-    d_history = from_rows(d_rows, history.new_empty(history.shape), 0)
+        d_rows, sums = _convolve(g, spectra, n, mirror=True), _correlate(g, rows, n)
+    d_history = from_rows(d_rows, grad.new_empty(grad.shape[0], total, grad.shape[2]), 0)
     return d_history, *_collect(sums, kernel, reverse)
+
+
+def recover(rows: Tensor, total: int, length: int) -> Tensor:
+    """The history [B, S+T, D] of kept rows, in differentiable torch."""
+    return rows.permute(1, 2, 0)[:, :total]
+
+
+def as_kept(history: Tensor, length: int) -> Tensor:
+    """Its inverse and its adjoint."""
+    return F.pad(history.permute(2, 0, 1), (0, places(history.shape[1], length) - history.shape[1])).contiguous()
+
+
+def _sizes(total: int, length: int) -> tuple[int, int]:
+    """N, and the places that rows lie in: fewer, as a rule, where N is not full."""
+    return fitting(total), places(total, length)
+
+
+def _outputs(rows: Tensor, history: Tensor, length: int) -> Tensor:
+    batch, total, channels = history.shape
+    return from_rows(rows, history.new_empty(batch, length, channels), total - length)
 
 
 @functools.lru_cache(maxsize=32)
@@ -103,31 +158,39 @@ def _tables(size: Size, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     return f1_both.to(device, torch.float16), f2_both.to(device, torch.float16), parts(twiddle, torch.float32, device)
 
 
-def _spectra(kernel: Tensor, reverse: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Both kernels' transform over a power of two a channel, [D, 2, N1, N2], and that power [D]; float32."""
+def _prepare(
+    x: Tensor, front: int, wide: int, kernel: Tensor, reverse: Tensor, n: int
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """[B, T, D], `front` zeros before it, in rows [D, B, wide], and both kernels' transform over a power of two.
+
+    The transform is [D, 2, N1, N2], the power of a channel [D]; float32.
+    """
     size, channels, ahead = SIZES[n], kernel.shape[0], reverse.shape[1]
     spectra = torch.empty(channels, 2, size.n1, size.n2, dtype=torch.float32, device=kernel.device)
     powers = torch.empty(channels, dtype=torch.float32, device=kernel.device)
-    kernels.transform_taps[(channels,)](
-        kernel,
-        reverse,
-        spectra,
-        powers,
-        kernel.shape[1],
-        ahead,
-        *kernel.stride(),
-        *reverse.stride(),
-        *_tables(size, kernel.device),
-        AHEAD=ahead > 0,
-        SIDE=size.side,
-        **size.options,
+    taps = (kernel, reverse, spectra, powers, kernel.shape[1], ahead, *kernel.stride(), *reverse.stride())
+    tables, options = _tables(size, kernel.device), {"AHEAD": ahead > 0, "SIDE": size.side, **size.options}
+    if not size.beside:
+        kernels.transform_taps[(channels,)](*taps, *tables, **options)
+        return to_rows(x, front, wide), (spectra, powers)
+    rows = x.new_empty(channels, x.shape[0], wide)
+    blocks, tiles = turning_grid(rows)
+    kernels.to_rows_beside_taps[(channels + blocks * tiles,)](
+        *turning(x, rows, front),
+        blocks,
+        *taps,
+        *tables,
+        **options,
+        BLOCK=BLOCK,
+        CHANNELS=CHANNELS,
+        maxnreg=size.beside,
     )
-    return spectra, powers
+    return rows, (spectra, powers)
 
 
-def _convolve(rows: Tensor, spectra: tuple[Tensor, Tensor], *, mirror: bool) -> Tensor:
-    """[D, B, N] -> [D, B, N]; mirrored, from the gradient of the output to that of the history."""
-    channels, batch, n = rows.shape
+def _convolve(rows: Tensor, spectra: tuple[Tensor, Tensor], n: int, *, mirror: bool) -> Tensor:
+    """Rows to rows; mirrored, from the gradient of the output to that of the history."""
+    channels, batch, wide = rows.shape
     size = SIZES[n]
     out = torch.empty_like(rows)
     each = min(size.rows, max(1, channels * batch // PROGRAMS))
@@ -138,6 +201,7 @@ def _convolve(rows: Tensor, spectra: tuple[Tensor, Tensor], *, mirror: bool) -> 
         *_tables(size, rows.device),
         batch,
         each,
+        wide // 16,
         MIRROR=mirror,
         SIDE=size.side,
         **size.options,
@@ -147,11 +211,12 @@ def _convolve(rows: Tensor, spectra: tuple[Tensor, Tensor], *, mirror: bool) -> 
     return out
 
 
-def _correlate(g: Tensor, x: Tensor) -> Tensor:
+def _correlate(g: Tensor, x: Tensor, n: int) -> Tensor:
     """Sums of products of spectra, by parts of the batch [groups, D, 2, N1, N2]; float32."""
-    channels, batch, n = x.shape
+    channels, batch, wide = x.shape
     size = SIZES[n]
-    sums = _sums(x)
+    each = summed(channels, batch, size)
+    sums = _sums(x, each, size)
     kernels.correlate_rows[(channels, sums.shape[0])](
         g,
         x,
@@ -159,18 +224,20 @@ def _correlate(g: Tensor, x: Tensor) -> Tensor:
         *_tables(size, x.device),
         batch,
         channels,
-        PART=PART,
+        each,
+        wide // 16,
         **size.options,
         num_stages=1,  # prefetching rows takes registers the sums need
     )
     return sums
 
 
-def _differentiate(g: Tensor, x: Tensor, spectra: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _differentiate(g: Tensor, x: Tensor, spectra: tuple[Tensor, Tensor], n: int) -> tuple[Tensor, Tensor]:
     """What `_convolve`, mirrored, and `_correlate` give, from one spectrum of every row of g."""
-    channels, batch, n = x.shape
+    channels, batch, wide = x.shape
     size = SIZES[n]
-    out, sums = torch.empty_like(g), _sums(x)
+    each = summed(channels, batch, size)
+    out, sums = torch.empty_like(g), _sums(x, each, size)
     kernels.differentiate_rows[(channels, sums.shape[0])](
         g,
         x,
@@ -180,7 +247,8 @@ def _differentiate(g: Tensor, x: Tensor, spectra: tuple[Tensor, Tensor]) -> tupl
         *_tables(size, x.device),
         batch,
         channels,
-        PART=PART,
+        each,
+        wide // 16,
         **size.options,
         num_stages=1,
         maxnreg=size.gradients,
@@ -188,9 +256,8 @@ def _differentiate(g: Tensor, x: Tensor, spectra: tuple[Tensor, Tensor]) -> tupl
     return out, sums
 
 
-def _sums(x: Tensor) -> Tensor:
-    channels, batch, n = x.shape
-    return torch.empty(-(-batch // PART), channels, 2, SIZES[n].n1, SIZES[n].n2, dtype=torch.float32, device=x.device)
+def _sums(x: Tensor, each: int, size: Size) -> Tensor:
+    return torch.empty(ceil(x.shape[1], each), x.shape[0], 2, size.n1, size.n2, dtype=torch.float32, device=x.device)
 
 
 def _collect(sums: Tensor, kernel: Tensor, reverse: Tensor) -> tuple[Tensor, Tensor]:

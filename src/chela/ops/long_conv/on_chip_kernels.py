@@ -3,10 +3,11 @@
 import triton.language as tl
 
 from chela.ops.launch import jit
+from chela.ops.long_conv.kernels import turn_block
 from chela.ops.long_conv.on_chip_steps import both, half_inverse, load_row, matrices, power_of, real_part, transform
 
 
-@jit("batch", "rows")
+@jit("batch", "rows", "limit")
 def convolve_rows(
     x,
     out,
@@ -17,6 +18,7 @@ def convolve_rows(
     twiddle,
     batch,
     rows,
+    limit,
     MIRROR: tl.constexpr,
     SIDE: tl.constexpr,
     N1: tl.constexpr,
@@ -24,23 +26,24 @@ def convolve_rows(
 ):
     """out[d, b] = x[d, b] times the spectrum of channel d (its conjugate, if MIRROR: the gradient of the input).
 
-    A program has so many rows of a channel, for which it reads the tables once.
+    A program has so many rows of a channel, for which it reads the tables once. A row lies in 16 limit places.
     """
     d, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * rows
     grid = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
+    keep = grid < limit * 16
     factors, twiddles = matrices(f1, f2, SIDE, N1, N2), both(twiddle, N1, N2)
     lr, li = both(spectra + d * (2 * N1 * N2), N1, N2)
     if MIRROR:
         li = -li
     power = tl.load(powers + d)
     for b in range(first, tl.minimum(batch, first + rows)):
-        at = (d * batch + b) * (N1 * N2) + grid
-        v, scale = load_row(x + at)
+        at = (d * batch + b) * (limit * 16) + grid
+        v, scale = load_row(x + at, keep)
         cr, ci = transform(v, factors, twiddles, SIDE, N1, N2)
         pr, minus_pi = (cr * lr - ci * li).to(tl.float16), (-cr * li - ci * lr).to(tl.float16)
         er, ei = half_inverse(pr, minus_pi, factors, twiddles, SIDE, N1, N2)
         y = real_part(er, ei, factors, SIDE, N1, N2)
-        tl.store(out + at, (y * (power * scale)).to(out.dtype.element_ty))
+        tl.store(out + at, (y * (power * scale)).to(out.dtype.element_ty), mask=keep)
 
 
 @jit("lags", "ahead", "kd", "rd", "rl")
@@ -63,11 +66,42 @@ def transform_taps(
     N1: tl.constexpr,
     N2: tl.constexpr,
 ):
-    """spectra[d] = sqrt(N) times the transform of the taps, over a power of two powers[d]; lag -l is -i at N - l.
+    """spectra[d] = sqrt(N) times the transform of the taps, over a power of two powers[d]; lag -l is -i at N - l."""
+    _transform_taps(
+        tl.program_id(0), kernel, reverse, spectra, powers, lags, ahead, kd, kl, rd, rl, f1, f2, twiddle,
+        AHEAD, SIDE, N1, N2,
+    )  # fmt: skip
+
+
+@jit("length", "batch", "front", "limit", "blocks", "lags", "ahead", "kd", "rd", "rl")
+def to_rows_beside_taps(
+    x, out, length, batch, width, front, limit, xb, xt, xd, ob, oi, od, blocks,
+    kernel, reverse, spectra, powers, lags, ahead, kd, kl, rd, rl, f1, f2, twiddle,
+    AHEAD: tl.constexpr, SIDE: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
+    BLOCK: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """`transform_taps` by the first programs, and `to_blocks` of so many blocks by the others, which hide them."""
+    program = tl.program_id(0)
+    if program < width:
+        _transform_taps(
+            program, kernel, reverse, spectra, powers, lags, ahead, kd, kl, rd, rl, f1, f2, twiddle,
+            AHEAD, SIDE, N1, N2,
+        )  # fmt: skip
+    else:
+        part, tile = (program - width) % blocks, (program - width) // blocks
+        turn_block(part, tile, x, out, length, batch, width, front, limit, xb, xt, xd, ob, oi, od, BLOCK, CHANNELS)
+
+
+@jit()
+def _transform_taps(
+    channel, kernel, reverse, spectra, powers, lags, ahead, kd, kl, rd, rl, f1, f2, twiddle,
+    AHEAD: tl.constexpr, SIDE: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
+):  # fmt: skip
+    """A program's part of `transform_taps`.
 
     Parts are below 1/2, so that no number of the product with a row is larger than the row's.
     """
-    d = tl.program_id(0).to(tl.int64)
+    d = channel.to(tl.int64)
     a, c = tl.arange(0, N1), tl.arange(0, N2)
     grid = a[:, None] * N2 + c[None, :]
     v = tl.load(kernel + d * kd + grid.to(tl.int64) * kl, mask=grid < lags, other=0).to(tl.float32)
@@ -88,7 +122,7 @@ def transform_taps(
     tl.store(powers + d, scale * top * tl.sqrt((N1 * N2) * 1.0))
 
 
-@jit("batch", "channels")
+@jit("batch", "channels", "rows", "limit")
 def correlate_rows(
     g,
     x,
@@ -98,22 +132,24 @@ def correlate_rows(
     twiddle,
     batch,
     channels,
-    PART: tl.constexpr,
+    rows,
+    limit,
     N1: tl.constexpr,
     N2: tl.constexpr,
 ):
-    """sums[part, d] = sum over PART rows b of the spectrum of g[d, b] times the conjugate of that of x[d, b]."""
+    """sums[part, d] = sum over so many rows b of the spectrum of g[d, b] times the conjugate of that of x[d, b]."""
     d, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     a, c = tl.arange(0, N1), tl.arange(0, N2)
     grid = a[:, None] * N2 + c[None, :]
+    keep = grid < limit * 16
     factors, twiddles = matrices(f1, f2, False, N1, N2), both(twiddle, N1, N2)
     real, imaginary = tl.zeros([N1, N2], tl.float32), tl.zeros([N1, N2], tl.float32)
-    for b in range(part * PART, tl.minimum(batch, part * PART + PART)):
-        at = (d * batch + b) * (N1 * N2) + grid
-        v, size = load_row(x + at)
+    for b in range(part * rows, tl.minimum(batch, part * rows + rows)):
+        at = (d * batch + b) * (limit * 16) + grid
+        v, size = load_row(x + at, keep)
         hr, hi = transform(v, factors, twiddles, False, N1, N2)
         hr, hi = hr.to(tl.float16), hi.to(tl.float16)  # while the next transform needs the registers
-        v, scale = load_row(g + at)
+        v, scale = load_row(g + at, keep)
         gr, gi = transform(v, factors, twiddles, False, N1, N2)
         real += (hr * gr + hi * gi) * (size * scale)
         imaginary += (hr * gi - hi * gr) * (size * scale)
@@ -122,7 +158,7 @@ def correlate_rows(
     tl.store(at + N1 * N2, imaginary)
 
 
-@jit("batch", "channels")
+@jit("batch", "channels", "rows", "limit")
 def differentiate_rows(
     g,
     x,
@@ -135,31 +171,33 @@ def differentiate_rows(
     twiddle,
     batch,
     channels,
-    PART: tl.constexpr,
+    rows,
+    limit,
     N1: tl.constexpr,
     N2: tl.constexpr,
 ):
-    """Both gradients of PART rows b of channel d, from one spectrum of g[d, b].
+    """Both gradients of so many rows b of channel d, from one spectrum of g[d, b].
 
     out[d, b] = g[d, b] times the conjugate of the channel's spectrum, the gradient of x[d, b]; sums[part, d] = sum over
     b of the spectrum of g[d, b] times the conjugate of that of x[d, b].
     """
     d, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     grid = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
+    keep = grid < limit * 16
     factors, twiddles = matrices(f1, f2, True, N1, N2), both(twiddle, N1, N2)
     lr, li = both(spectra + d * (2 * N1 * N2), N1, N2)
     power = tl.load(powers + d)
     real, imaginary = tl.zeros([N1, N2], tl.float32), tl.zeros([N1, N2], tl.float32)
-    for b in range(part * PART, tl.minimum(batch, part * PART + PART)):
-        at = (d * batch + b) * (N1 * N2) + grid
-        v, scale = load_row(g + at)
+    for b in range(part * rows, tl.minimum(batch, part * rows + rows)):
+        at = (d * batch + b) * (limit * 16) + grid
+        v, scale = load_row(g + at, keep)
         gr, gi = transform(v, factors, twiddles, True, N1, N2)
         pr, minus_pi = (gr * lr + gi * li).to(tl.float16), (gr * li - gi * lr).to(tl.float16)
         gr, gi = gr.to(tl.float16), gi.to(tl.float16)  # while what follows needs the registers
         er, ei = half_inverse(pr, minus_pi, factors, twiddles, True, N1, N2)
         y = real_part(er, ei, factors, True, N1, N2)
-        tl.store(out + at, (y * (power * scale)).to(out.dtype.element_ty))
-        v, size = load_row(x + at)
+        tl.store(out + at, (y * (power * scale)).to(out.dtype.element_ty), mask=keep)
+        v, size = load_row(x + at, keep)
         hr, hi = transform(v, factors, twiddles, True, N1, N2)
         real += (hr * gr + hi * gi) * (size * scale)
         imaginary += (hr * gi - hi * gr) * (size * scale)

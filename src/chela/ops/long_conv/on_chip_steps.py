@@ -32,9 +32,9 @@ def power_of(re, im):
 
 
 @jit()
-def load_row(pointer):
-    """A row as float16 numbers below 2 and the power of two they were divided by."""
-    v = tl.load(pointer).to(tl.float32)
+def load_row(pointer, keep):
+    """A row as float16 numbers below 2, zero where not kept, and the power of two they were divided by."""
+    v = tl.load(pointer, mask=keep, other=0).to(tl.float32)
     scale = power_of(v, v)
     return (v * (1 / scale)).to(tl.float16), scale
 

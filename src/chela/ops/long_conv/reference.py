@@ -80,7 +80,7 @@ def _convolve(history: Tensor, kernel: Tensor, reverse: Tensor, length: int) -> 
         if not few:
             return plain_fft_conv(history, kernel, reverse, length)
     else:
-        kernel, reverse = within_reach(history, kernel, reverse, length)
+        kernel, reverse = within_reach(history.shape[1], kernel, reverse, length)
         if kernel.shape[1] + reverse.shape[1] > FEW_LAGS:
             return fft_conv(history, kernel, reverse, length)
     wide = wide_dtype(history.dtype)

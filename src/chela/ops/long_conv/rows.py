@@ -9,33 +9,32 @@ import torch
 import triton
 from torch import Tensor
 
+from chela.ops.launch import ceil
 from chela.ops.long_conv import kernels
+from chela.ops.long_conv.history import BLOCK
 
-BLOCK, CHANNELS = 128, 64
-"""Times and channels in a tile of the passes that transpose."""
+CHANNELS = 64
+"""Channels in a tile of the passes that transpose, `BLOCK` times long."""
 
 
 def to_rows(x: Tensor, front: int, n: int) -> Tensor:
     """[B, T, D] -> [D, B, N], `front` zeros before it and zeros behind; N is a multiple of 128."""
-    batch, length, channels = x.shape
-    out = x.new_empty(channels, batch, n)
-    kernels.to_blocks[(batch * (n // BLOCK), triton.cdiv(channels, CHANNELS))](
-        x,
-        out,
-        length,
-        batch,
-        channels,
-        front,
-        n // 16,
-        *x.stride(),
-        n,
-        BLOCK,
-        batch * n,
-        BLOCK=BLOCK,
-        CHANNELS=CHANNELS,
-        num_warps=4,
-    )
+    out = x.new_empty(x.shape[2], x.shape[0], n)
+    kernels.to_blocks[turning_grid(out)](*turning(x, out, front), BLOCK=BLOCK, CHANNELS=CHANNELS, num_warps=4)
     return out
+
+
+def turning_grid(out: Tensor) -> tuple[int, int]:
+    """Blocks of all rows of the batch and tiles of channels: the programs of `to_blocks`."""
+    channels, batch, n = out.shape
+    return batch * (n // BLOCK), ceil(channels, CHANNELS)
+
+
+def turning(x: Tensor, out: Tensor, front: int) -> tuple[Tensor | int, ...]:
+    """What `to_blocks` is told."""
+    batch, length, channels = x.shape
+    n = out.shape[2]
+    return x, out, length, batch, channels, front, n // 16, *x.stride(), n, BLOCK, batch * n
 
 
 def from_rows(rows: Tensor, out: Tensor, start: int) -> Tensor:

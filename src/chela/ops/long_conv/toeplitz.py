@@ -12,19 +12,22 @@ nothing else, so a finite change of the future changes no bit of the past. (With
 times that zero is NaN.)
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from torch.nn import functional as F
 
 from chela.ops.long_conv import kernels
+from chela.ops.long_conv.history import BLOCK, places
 
 
 class Tiles(NamedTuple):
     """Sizes of tiles; all are powers of two."""
 
-    block: int = 128
+    block: int = BLOCK
     """M, times in a block."""
     rows: int = 128
     """Rows of the output in a tile of the convolution."""
@@ -74,10 +77,15 @@ class Plan(NamedTuple):
 
 
 def plan(
-    history: Tensor, kernel: Tensor, reverse: Tensor, length: int, packing: Packing | None = None, tiles: Tiles = TILES
+    shape: Sequence[int],
+    kernel: Tensor,
+    reverse: Tensor,
+    length: int,
+    packing: Packing | None = None,
+    tiles: Tiles = TILES,
 ) -> Plan:
-    """Count the blocks of a convolution of `history` [B, S+T, D] whose last T = `length` outputs are wanted."""
-    batch, total, channels = history.shape
+    """Count the blocks of a convolution of a history [B, S+T, D] whose last T = `length` outputs are wanted."""
+    batch, total, channels = shape
     m = tiles.block
     carried = -((length - total) // m)
     blocks = -(-length // m)
@@ -85,7 +93,7 @@ def plan(
     return Plan(
         batch=batch,
         channels=channels,
-        front=carried * m - (total - length),
+        front=_front(total, length),
         rows_in=(carried + blocks) * batch,
         rows_out=blocks * batch,
         shift=carried * batch,
@@ -100,45 +108,109 @@ def plan(
 
 def forward(history: Tensor, kernel: Tensor, reverse: Tensor, length: int, packing: Packing | None = None) -> Tensor:
     """Convolve; arguments and result as `chela.ops.long_conv.fourier.fft_conv`."""
-    p = plan(history, kernel, reverse, length, packing)
-    x = _to_rows(history, p, p.rows_in, p.front)
-    out = _convolve(x, _taps(kernel, reverse, p, history.dtype, flip=False), p, flip=False)
+    p = plan(history.shape, kernel, reverse, length, packing)
+    out = _convolve(*_prepare(history, kernel, reverse, p, flip=False), p, flip=False)
     return _from_rows(out, history.new_empty(p.batch, length, p.channels), p, 0)
+
+
+def forward_keeping(history: Tensor, kernel: Tensor, reverse: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """The same and the history in rows [D, B, `places`]; here those of all rows of the batch, block by block."""
+    p = plan(history.shape, kernel, reverse, length)
+    x, taps = _prepare(history, kernel, reverse, p, flip=False)
+    out = _from_rows(_convolve(x, taps, p, flip=False), history.new_empty(p.batch, length, p.channels), p, 0)
+    return out, x.view(p.channels, p.batch, -1)
 
 
 def backward(
     grad: Tensor, history: Tensor, kernel: Tensor, reverse: Tensor, length: int, packing: Packing | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for history, kernel and reverse, given that of the output [B, T, D]."""
-    p = plan(history, kernel, reverse, length, packing)
-    g = _to_rows(grad, p, p.rows_out, 0)
-    d_rows = _convolve(g, _taps(kernel, reverse, p, history.dtype, flip=True), p, flip=True)
-    d_history = _from_rows(d_rows, history.new_empty(history.shape), p, p.front)
-    d_kernel, d_reverse = _correlate(g, _to_rows(history, p, p.rows_in, p.front), p, kernel, reverse)
-    return d_history, d_kernel, d_reverse
+    p = plan(history.shape, kernel, reverse, length, packing)
+    return _differentiate(grad, _to_rows(history, p, p.rows_in, p.front), kernel, reverse, history.shape[1], p)
+
+
+def backward_of_kept(
+    grad: Tensor, rows: Tensor, kernel: Tensor, reverse: Tensor, total: int, length: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same from rows that the forward pass kept of `total` inputs."""
+    channels, batch, _ = rows.shape
+    p = plan((batch, total, channels), kernel, reverse, length)
+    return _differentiate(grad, rows.view(channels, p.rows_in, p.tiles.block), kernel, reverse, total, p)
+
+
+def recover(rows: Tensor, total: int, length: int) -> Tensor:
+    """The history [B, S+T, D] of kept rows, in differentiable torch."""
+    blocks = rows.view(rows.shape[0], -1, rows.shape[1], TILES.block)  # [D, blocks, B, M]
+    return blocks.permute(2, 1, 3, 0).flatten(1, 2).narrow(1, _front(total, length), total)
+
+
+def as_kept(history: Tensor, length: int) -> Tensor:
+    """Its inverse and its adjoint."""
+    total = history.shape[1]
+    front = _front(total, length)
+    padded = F.pad(history, (0, 0, front, places(total, length) - front - total))
+    return padded.unflatten(1, (-1, TILES.block)).permute(3, 1, 0, 2).reshape(history.shape[2], history.shape[0], -1)
+
+
+def _front(total: int, length: int) -> int:
+    """Zeros that make a state of `total - length` inputs fill whole blocks."""
+    return -(total - length) % TILES.block
+
+
+def _differentiate(
+    grad: Tensor, x: Tensor, kernel: Tensor, reverse: Tensor, total: int, p: Plan
+) -> tuple[Tensor, Tensor, Tensor]:
+    g, taps = _prepare(grad, kernel, reverse, p, flip=True)
+    d_rows = _convolve(g, taps, p, flip=True)
+    d_history = _from_rows(d_rows, grad.new_empty(p.batch, total, p.channels), p, p.front)
+    return d_history, *_correlate(g, x, p, kernel, reverse)
 
 
 def _to_rows(x: Tensor, p: Plan, rows: int, front: int) -> Tensor:
     """[B, T, D] -> [D, C, M], `front` zeros before it and zeros behind."""
-    m, channels = p.tiles.block, p.tiles.channels
-    out = x.new_empty(p.channels, rows, m)
-    kernels.to_blocks[(rows, triton.cdiv(p.channels, channels))](
-        x,
-        out,
-        x.shape[1],
-        p.batch,
-        p.channels,
-        front,
-        rows // p.batch * m // 16,
-        *x.stride(),
-        m,
-        p.batch * m,
-        rows * m,
-        BLOCK=m,
-        CHANNELS=channels,
-        num_warps=4,
+    t = p.tiles
+    out = x.new_empty(p.channels, rows, t.block)
+    kernels.to_blocks[(rows, triton.cdiv(p.channels, t.channels))](
+        *_turning(x, out, p, front), BLOCK=t.block, CHANNELS=t.channels, num_warps=4
     )
     return out
+
+
+def _turning(x: Tensor, out: Tensor, p: Plan, front: int) -> tuple[Tensor | int, ...]:
+    """What `to_blocks` is told."""
+    rows, m = out.shape[1:]
+    limit = rows // p.batch * m // 16
+    return x, out, x.shape[1], p.batch, p.channels, front, limit, *x.stride(), m, p.batch * m, rows * m
+
+
+def _prepare(x: Tensor, kernel: Tensor, reverse: Tensor, p: Plan, *, flip: bool) -> tuple[Tensor, Tensor]:
+    """History (flipped: gradient of the output) in rows [D, C, M], and both kernels by lag in eight copies.
+
+    The copies are [D, 8, stretch M]; those of the backward pass are mirrored.
+    """
+    t = p.tiles
+    rows, front, first, last = (p.rows_out, 0, -p.last, -p.first) if flip else (p.rows_in, p.front, p.first, p.last)
+    stretch = last - first + 2
+    out = x.new_empty(p.channels, rows, t.block)
+    taps = kernel.new_empty(p.channels, 8, stretch * t.block, dtype=x.dtype)
+    kernels.to_blocks_beside_taps[(p.channels * stretch + rows * triton.cdiv(p.channels, t.channels),)](
+        *_turning(x, out, p, front),
+        rows,
+        kernel,
+        reverse,
+        taps,
+        p.lags,
+        p.ahead,
+        1 - first,
+        stretch,
+        *kernel.stride(),
+        *reverse.stride(),
+        FLIP=flip,
+        BLOCK=t.block,
+        CHANNELS=t.channels,
+        num_warps=4,
+    )
+    return out, taps
 
 
 def _from_rows(rows: Tensor, out: Tensor, p: Plan, front: int) -> Tensor:
@@ -162,28 +234,6 @@ def _from_rows(rows: Tensor, out: Tensor, p: Plan, front: int) -> Tensor:
         num_warps=4,
     )
     return out
-
-
-def _taps(kernel: Tensor, reverse: Tensor, p: Plan, dtype: torch.dtype, *, flip: bool) -> Tensor:
-    """Both kernels by lag, in eight copies [D, 8, stretch M]; those of the backward pass are mirrored."""
-    first, last = (-p.last, -p.first) if flip else (p.first, p.last)
-    stretch = last - first + 2
-    taps = kernel.new_empty(p.channels, 8, stretch * p.tiles.block, dtype=dtype)
-    kernels.shift_taps[(stretch, p.channels)](
-        kernel,
-        reverse,
-        taps,
-        p.lags,
-        p.ahead,
-        1 - first,
-        stretch,
-        *kernel.stride(),
-        *reverse.stride(),
-        FLIP=flip,
-        BLOCK=p.tiles.block,
-        num_warps=4,
-    )
-    return taps
 
 
 def _convolve(x: Tensor, taps: Tensor, p: Plan, *, flip: bool) -> Tensor:
