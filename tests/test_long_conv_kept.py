@@ -166,3 +166,15 @@ def test_a_compiled_program_keeps_rows_too_and_serves_every_length(name, backend
         expected = values_and_gradients(both_ways, inputs)
         assert all(torch.equal(actual[each], expected[each]) for each in expected)
         assert count == 3 * batch * places(length, length) * 2 + 3 * (lags + lags + 4) * 4
+
+
+def test_a_compiled_program_is_compiled_once_more_past_the_bound(monkeypatch):
+    monkeypatch.setitem(method.LONGEST, "on_chip", 128)
+    monkeypatch.setattr(method, "choose", lambda *sizes, room: "toeplitz")
+    compiled = torch.compile(causal, fullgraph=True, backend="aot_eager", dynamic=True)
+    for length, stance in [(100, "default"), (128, None), (129, "default"), (300, None), (99, None)]:
+        inputs = inputs_of(2, length, 3, 50, dtype=HALF)
+        with torch.compiler.set_stance(stance or "fail_on_recompile"):
+            actual = values_and_gradients(compiled, inputs)
+        expected = values_and_gradients(causal, inputs)
+        assert all(torch.equal(actual[each], expected[each]) for each in expected)

@@ -129,6 +129,17 @@ def test_more_rows_than_one_program_takes(monkeypatch):
     check(convolve, inputs_of(rows, 5, 2, 4, dtype=BRAIN))
 
 
+def test_programs_that_sum_spectra_end_together():
+    short, long, longest = (on_chip.SIZES[n] for n in (1024, 2048, 8192))
+    assert on_chip.summed(128, 64, long) == 32  # two programs for each multiprocessor, at once
+    assert on_chip.summed(128, 64, short) == 16  # four
+    assert on_chip.summed(128, 16, longest) == 16  # one
+    assert on_chip.summed(128, 48, long) == 24  # not 32, of which the second part would be half empty
+    assert on_chip.summed(128, 2, long) == on_chip.summed(1, 1, long) == 1
+    for batch in (1, 7, 33, 100):
+        assert 1 <= on_chip.summed(5, batch, long) <= min(batch, on_chip.MOST)
+
+
 def kernels_of(lags):
     """Kernels of many shapes [D, L]: what they pass on is spread over time and frequency in different ways."""
     t = torch.arange(lags, dtype=torch.float64)

@@ -49,7 +49,7 @@ def _backward(
         return empty, torch.zeros_like(kernel), torch.zeros_like(reverse)
     taps, ahead = within_reach(total, kernel, reverse, length)
     method = method_of(rows, total, taps, ahead, length)
-    d_history, d_taps, d_ahead = method.backward_of_kept(grad, rows, taps, ahead, total, length)
+    d_history, d_taps, d_ahead = method.backward_of_kept(grad, rows.contiguous(), taps, ahead, total, length)
     return d_history, lengthen(d_taps, kernel), lengthen(d_ahead, reverse)
 
 

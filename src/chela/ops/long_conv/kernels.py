@@ -25,15 +25,18 @@ def to_blocks_beside_taps(
     kernel, reverse, taps, lags, ahead, origin, stretch, kd, kl, rd, rl,
     FLIP: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Taps shifted by the first programs, and `to_blocks` of so many blocks by the others, which hide them."""
+    """`to_blocks` of so many blocks, and M taps of a channel shifted by each of the last programs.
+
+    These are many and short, and run where the others leave room.
+    """
     program = tl.program_id(0)
-    first = width * stretch
-    if program < first:
-        d, part = (program // stretch).to(tl.int64), program % stretch
-        _shift(d, part, kernel, reverse, taps, lags, ahead, origin, stretch, kd, kl, rd, rl, FLIP, BLOCK)
-    else:
-        part, tile = (program - first) % blocks, (program - first) // blocks
+    last = program - blocks * tl.cdiv(width, CHANNELS)
+    if last < 0:
+        part, tile = program % blocks, program // blocks
         turn_block(part, tile, x, out, length, batch, width, front, limit, xb, xt, xd, ob, oi, od, BLOCK, CHANNELS)
+    else:
+        d, part = (last // stretch).to(tl.int64), last % stretch
+        _shift(d, part, kernel, reverse, taps, lags, ahead, origin, stretch, kd, kl, rd, rl, FLIP, BLOCK)
 
 
 @jit()
@@ -61,10 +64,20 @@ def from_blocks(
     blocks, out, length, batch, width, front, limit, bb, bi, bd, o_b, o_t, BLOCK: tl.constexpr, CHANNELS: tl.constexpr
 ):
     """out[b, t, d] = blocks[b, d, t + front] at the times 0 <= t < length: channels go back to the last axis."""
-    b, i = tl.program_id(0) % batch, tl.program_id(0) // batch
+    part, tile = tl.program_id(0), tl.program_id(1)
+    turn_block_back(part, tile, blocks, out, length, batch, width, front, limit, bb, bi, bd, o_b, o_t, BLOCK, CHANNELS)
+
+
+@jit()
+def turn_block_back(
+    part, tile, blocks, out, length, batch, width, front, limit, bb, bi, bd, o_b, o_t,
+    BLOCK: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """A program's part of `from_blocks`, as in `turn_block`."""
+    b, i = part % batch, part // batch
     place = i * BLOCK + tl.arange(0, BLOCK)
     t = place - front
-    d = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)).to(tl.int64)
+    d = (tile * CHANNELS + tl.arange(0, CHANNELS)).to(tl.int64)
     source = blocks + b.to(tl.int64) * bb + i.to(tl.int64) * bi + d[None, :] * bd + tl.arange(0, BLOCK)[:, None]
     value = tl.load(source, mask=(place < limit * 16)[:, None] & (d < width)[None, :], other=0)  # [BLOCK, CHANNELS]
     target = out + b.to(tl.int64) * o_b + t.to(tl.int64)[:, None] * o_t + d[None, :]

@@ -25,8 +25,9 @@ from torch.nn import functional as F
 
 from chela.ops.launch import ceil
 from chela.ops.long_conv import on_chip_kernels as kernels
+from chela.ops.long_conv import on_chip_taps_kernels as taps_kernels
 from chela.ops.long_conv.history import BLOCK, places
-from chela.ops.long_conv.rows import CHANNELS, count, from_rows, parts, to_rows, turning, turning_grid, turns
+from chela.ops.long_conv.rows import CHANNELS, count, from_rows, parts, returning, to_rows, turning, turns
 
 
 class Size(NamedTuple):
@@ -40,7 +41,7 @@ class Size(NamedTuple):
     registers: int | None = None
     """Most of them a thread; fewer let more programs run side by side."""
     beside: int = 0
-    """Most of them where taps are transformed beside the pass that brings rows in, which wants many programs; 0 for a
+    """Most of them where taps have programs beside those of a pass that transposes, which should be many; 0 for a
     launch of their own."""
     gradients: int = 0
     """Most of them where one kernel makes both gradients; 0 for a kernel each, of rows too long for that."""
@@ -121,8 +122,8 @@ def backward_of_kept(
         d_rows, sums = _differentiate(g, rows, spectra, n)
     else:
         d_rows, sums = _convolve(g, spectra, n, mirror=True), _correlate(g, rows, n)
-    d_history = from_rows(d_rows, grad.new_empty(grad.shape[0], total, grad.shape[2]), 0)
-    return d_history, *_collect(sums, kernel, reverse)
+    d_history = grad.new_empty(grad.shape[0], total, grad.shape[2])
+    return d_history, *_finish(d_rows, d_history, sums, kernel, reverse)
 
 
 def recover(rows: Tensor, total: int, length: int) -> Tensor:
@@ -171,12 +172,12 @@ def _prepare(
     taps = (kernel, reverse, spectra, powers, kernel.shape[1], ahead, *kernel.stride(), *reverse.stride())
     tables, options = _tables(size, kernel.device), {"AHEAD": ahead > 0, "SIDE": size.side, **size.options}
     if not size.beside:
-        kernels.transform_taps[(channels,)](*taps, *tables, **options)
+        taps_kernels.transform_taps[(channels,)](*taps, *tables, **options)
         return to_rows(x, front, wide), (spectra, powers)
     rows = x.new_empty(channels, x.shape[0], wide)
-    blocks, tiles = turning_grid(rows)
-    kernels.to_rows_beside_taps[(channels + blocks * tiles,)](
-        *turning(x, rows, front),
+    (blocks, tiles), told = turning(x, rows, front)
+    taps_kernels.to_rows_beside_taps[(channels + blocks * tiles,)](
+        *told,
         blocks,
         *taps,
         *tables,
@@ -194,7 +195,7 @@ def _convolve(rows: Tensor, spectra: tuple[Tensor, Tensor], n: int, *, mirror: b
     size = SIZES[n]
     out = torch.empty_like(rows)
     each = min(size.rows, max(1, channels * batch // PROGRAMS))
-    kernels.convolve_rows[(channels, -(-batch // each))](
+    kernels.convolve_rows[(channels, ceil(batch, each))](
         rows,
         out,
         *spectra,
@@ -260,21 +261,26 @@ def _sums(x: Tensor, each: int, size: Size) -> Tensor:
     return torch.empty(ceil(x.shape[1], each), x.shape[0], 2, size.n1, size.n2, dtype=torch.float32, device=x.device)
 
 
-def _collect(sums: Tensor, kernel: Tensor, reverse: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the kernels from sums of products of spectra."""
+def _finish(d_rows: Tensor, d_history: Tensor, sums: Tensor, kernel: Tensor, reverse: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring rows into `d_history`, and give the gradients of the kernels from sums of products of spectra."""
     groups, channels, _, n1, n2 = sums.shape
     size, lags, ahead = SIZES[n1 * n2], kernel.shape[1], reverse.shape[1]
     d_kernel, d_reverse = (torch.empty(taps.shape, dtype=taps.dtype, device=sums.device) for taps in (kernel, reverse))
-    kernels.collect_rows[(channels,)](
-        sums,
-        d_kernel,
-        d_reverse,
-        lags,
-        ahead,
-        groups,
-        *_tables(size, sums.device),
-        AHEAD=ahead > 0,
-        SIDE=size.side,
-        **size.options,
+    taps = (sums, d_kernel, d_reverse, lags, ahead, groups)
+    tables, options = _tables(size, sums.device), {"AHEAD": ahead > 0, "SIDE": size.side, **size.options}
+    if not size.beside:
+        taps_kernels.collect_rows[(channels,)](*taps, channels, *tables, **options)
+        from_rows(d_rows, d_history, 0)
+        return d_kernel, d_reverse
+    (blocks, tiles), told = returning(d_rows, d_history, 0)
+    taps_kernels.from_rows_beside_taps[(channels + blocks * tiles,)](
+        *told,
+        blocks,
+        *taps,
+        *tables,
+        **options,
+        BLOCK=BLOCK,
+        CHANNELS=CHANNELS,
+        maxnreg=size.beside,
     )
     return d_kernel, d_reverse

@@ -6,7 +6,6 @@ Row (d, b) of [D, B, N] is channel d of batch b: N times, of which the last may 
 import math
 
 import torch
-import triton
 from torch import Tensor
 
 from chela.ops.launch import ceil
@@ -20,45 +19,32 @@ CHANNELS = 64
 def to_rows(x: Tensor, front: int, n: int) -> Tensor:
     """[B, T, D] -> [D, B, N], `front` zeros before it and zeros behind; N is a multiple of 128."""
     out = x.new_empty(x.shape[2], x.shape[0], n)
-    kernels.to_blocks[turning_grid(out)](*turning(x, out, front), BLOCK=BLOCK, CHANNELS=CHANNELS, num_warps=4)
+    programs, told = turning(x, out, front)
+    kernels.to_blocks[programs](*told, BLOCK=BLOCK, CHANNELS=CHANNELS, num_warps=4)
     return out
 
 
-def turning_grid(out: Tensor) -> tuple[int, int]:
-    """Blocks of all rows of the batch and tiles of channels: the programs of `to_blocks`."""
-    channels, batch, n = out.shape
-    return batch * (n // BLOCK), ceil(channels, CHANNELS)
-
-
-def turning(x: Tensor, out: Tensor, front: int) -> tuple[Tensor | int, ...]:
-    """What `to_blocks` is told."""
+def turning(x: Tensor, out: Tensor, front: int) -> tuple[tuple[int, int], tuple[Tensor | int, ...]]:
+    """The programs of `to_blocks`, for blocks and for tiles of channels, and what they are told."""
     batch, length, channels = x.shape
     n = out.shape[2]
-    return x, out, length, batch, channels, front, n // 16, *x.stride(), n, BLOCK, batch * n
+    told = (length, batch, channels, front, n // 16, *x.stride(), n, BLOCK, batch * n)
+    return (batch * (n // BLOCK), ceil(channels, CHANNELS)), (x, out, *told)
 
 
 def from_rows(rows: Tensor, out: Tensor, start: int) -> Tensor:
     """[D, B, N] from time `start` on -> `out` [B, T, D], contiguous."""
+    programs, told = returning(rows, out, start)
+    kernels.from_blocks[programs](*told, BLOCK=BLOCK, CHANNELS=CHANNELS, num_warps=4)
+    return out
+
+
+def returning(rows: Tensor, out: Tensor, start: int) -> tuple[tuple[int, int], tuple[Tensor | int, ...]]:
+    """The programs of `from_blocks`, likewise."""
     batch, length, channels = out.shape
     n = rows.shape[2]
-    kernels.from_blocks[(batch * triton.cdiv(start + length, BLOCK), triton.cdiv(channels, CHANNELS))](
-        rows,
-        out,
-        length,
-        batch,
-        channels,
-        start,
-        n // 16,
-        n,
-        BLOCK,
-        batch * n,
-        length * channels,
-        channels,
-        BLOCK=BLOCK,
-        CHANNELS=CHANNELS,
-        num_warps=4,
-    )
-    return out
+    told = (length, batch, channels, start, n // 16, n, BLOCK, batch * n, length * channels, channels)
+    return (batch * ceil(start + length, BLOCK), ceil(channels, CHANNELS)), (rows, out, *told)
 
 
 def turns(x: Tensor) -> Tensor:
