@@ -194,6 +194,18 @@ def test_the_same_weights_give_the_same_file(tmp_path):
     assert len(files) == 1
 
 
+def test_matrices_on_disk_in_half_precision_are_the_weights_rounded(tmp_path):
+    model = make(SMALL)
+    save_model(model, tmp_path / "whole.safetensors")
+    save_model(model, tmp_path / "half.safetensors", matrices=torch.float16)
+    sizes = [(tmp_path / f"{name}.safetensors").stat().st_size for name in ("half", "whole")]
+    assert sizes[0] < 0.7 * sizes[1]
+    loaded = load_model(tmp_path / "half.safetensors", SMALL).state_dict()
+    for name, value in model.state_dict().items():
+        assert loaded[name].dtype == value.dtype
+        assert torch.equal(loaded[name], value.half().float() if value.ndim > 1 else value), name
+
+
 def test_load_refuses_what_it_cannot_trust(tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
     with pytest.raises(ValueError, match="does not exist"):

@@ -17,9 +17,20 @@ from chela.models.classifier import Classifier, TwoTowerClassifier
 from chela.record import differences, from_dict, to_dict
 
 
-def save_model(model: Classifier | TwoTowerClassifier | CausalLM, path: Path) -> None:
-    """Write weights and settings to `path`; a crash leaves the old file or the new one."""
+def save_model(
+    model: Classifier | TwoTowerClassifier | CausalLM, path: Path, *, matrices: torch.dtype | None = None
+) -> None:
+    """Write weights and settings to `path`; a crash leaves the old file or the new one.
+
+    Args:
+        model: what to write.
+        path: where.
+        matrices: dtype to round matrices and kernels to, for a smaller file; vectors and statistics stay as they are.
+            None rounds nothing.
+    """
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    if matrices is not None:
+        tensors = {name: value.to(matrices) if value.ndim > 1 else value for name, value in tensors.items()}
     header = json.dumps({"model": to_dict(model.config), "sha256": digest(tensors)}, sort_keys=True)
     # one entry: the library writes several in random order, and equal weights must give equal files
     write_whole(path, save(tensors, metadata={"chela": header}))
