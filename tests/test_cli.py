@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import re
@@ -471,6 +472,30 @@ def test_a_ctrl_c_that_a_library_met_while_it_was_imported_gives_130(monkeypatch
 
     monkeypatch.setattr("chela.cli._run", stop)
     assert chela("doctor") == (130, "", "chela: interrupted\n")
+
+
+def test_memory_that_is_not_there_is_said_in_one_line_with_what_to_do(monkeypatch):
+    gpu = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.10 GiB"
+    with pytest.raises(RuntimeError) as cpu:
+        torch.empty(2**60, dtype=torch.uint8)
+    for error, more in (
+        (torch.OutOfMemoryError(gpu), " (20.00 GiB more were asked for)"),
+        (cpu.value, f" ({2**60} bytes more were asked for)"),
+        (RuntimeError("CUDA error: out of memory"), ""),
+        (MemoryError(), ""),
+    ):
+        monkeypatch.setattr("chela.cli._run", functools.partial(fail, error))
+        code, out, err = chela("train", "digits")
+        assert (code, out) == (2, "")
+        assert err.startswith(f"chela: out of memory{more}: train with a smaller --train.batch-size, ")
+        assert err.count("\n") == 1
+    monkeypatch.setattr("chela.cli._run", functools.partial(fail, RuntimeError("something else")))
+    with pytest.raises(RuntimeError, match="something else"):
+        chela("doctor")
+
+
+def fail(error, words):
+    raise error
 
 
 def test_files_that_may_not_be_read_and_full_disks_are_said_in_one_line(monkeypatch):

@@ -5,6 +5,7 @@ Exit codes: 0 done (also a training that was stopped and saved), 2 the user's mi
 
 import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -40,10 +41,13 @@ def main(words: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Exception as error:
-        if not _interrupted(error):
-            raise
-        print("chela: interrupted", file=sys.stderr)
-        return 130
+        if _interrupted(error):
+            print("chela: interrupted", file=sys.stderr)
+            return 130
+        if what := _out_of_memory(error):
+            print(f"chela: {what}", file=sys.stderr)
+            return 2
+        raise
 
 
 def overview() -> str:
@@ -82,6 +86,21 @@ def _interrupted(error: BaseException | None) -> bool:
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error is not None
+
+
+def _out_of_memory(error: BaseException) -> str:
+    """What to do about memory that was asked for and is not there; empty for any other error."""
+    text = " ".join(str(error).split())
+    # torch is not imported for every command: a GPU's error goes by its name, a CPU's is a RuntimeError by its words
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if not known and not (isinstance(error, RuntimeError) and re.search("can't allocate memory|out of memory", text)):
+        return ""
+    wanted = re.search(r"tried to allocate ([\d.]+ \w+)", text, re.IGNORECASE)
+    return (
+        f"out of memory{f' ({wanted[1]} more were asked for)' if wanted else ''}: train with a smaller "
+        "--train.batch-size, a larger --train.accumulate (the same batch in slices), --train.checkpoint-blocks or a "
+        "smaller model, evaluate with a smaller --batch-size; checkpoints stay as they are"
+    )
 
 
 def _summary(command: object) -> str:
