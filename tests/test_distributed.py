@@ -109,6 +109,20 @@ def test_a_refusal_reaches_every_process(tmp_path):
     assert all("train.steps was 3, now 4" in line for line in refusals)
 
 
+def test_a_command_s_refusal_is_said_once(tmp_path):
+    words = ("-m", "chela", "train", "digits", "--out", str(tmp_path / "run"), "--model.layers", "1")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for steps_, code in ((2, 0), (3, 1)):
+        command = [sys.executable, *launcher(), *words, "--train.steps", str(steps_)]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
+        )
+        _, err = finish(process, code)
+    refusals = [line for line in err.splitlines() if line.startswith("chela: ")]
+    assert len(refusals) == 1
+    assert "train.steps was 2, now 3" in refusals[0]
+
+
 def run_script(path: Path, text: str, code: int = 0) -> list[str]:
     """Lines that two processes of a script print, each written at once."""
     path.write_text(

@@ -7,6 +7,7 @@ import io
 import os
 import re
 import sys
+import time
 from collections.abc import Sequence
 
 import chela
@@ -26,7 +27,10 @@ def main(words: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except ValueError as error:
-        print(f"chela: {' '.join(str(error).split())}", file=sys.stderr)
+        if getattr(error, "said", False):  # of several processes the first one says it
+            time.sleep(2)  # and does so before the launcher sees one end and stops all
+        else:
+            print(f"chela: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("chela: interrupted", file=sys.stderr)

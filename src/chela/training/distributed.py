@@ -92,8 +92,14 @@ def gather_texts(text: str) -> list[str]:
     return [bytes(row[:n].tolist()).decode() for row, n in zip(table, lengths.tolist(), strict=True)]
 
 
+class Echo(ValueError):
+    """Rank 0's refusal as it reaches another process, which need not say it again."""
+
+    said = True
+
+
 def on_main(action: Callable[[], str | None]) -> str:
-    """Let rank 0 act for all; every rank gets its answer ("" for None), or its ValueError."""
+    """Let rank 0 act for all; every rank gets its answer ("" for None), or its ValueError (an `Echo` elsewhere)."""
     answer = failure = ""
     if is_main():
         try:
@@ -102,7 +108,7 @@ def on_main(action: Callable[[], str | None]) -> str:
             failure = str(error) or "failed"
     answer, failure = (gather_texts(text)[0] for text in (answer, failure))
     if failure:
-        raise ValueError(failure)
+        raise ValueError(failure) if is_main() else Echo(failure)
     return answer
 
 
