@@ -67,6 +67,15 @@ def test_moments_are_the_reference_s():
     assert moments.count == exact.count == 200
 
 
+def test_means_far_from_zero_keep_their_digits():
+    """Of several programs, each of many rows: no more is lost than the mean itself is rounded by."""
+    inputs = inputs_of(5000, d=24)
+    inputs["x"] += 1000
+    mean = batch_norm(**inputs, impl="triton")[1].mean
+    exact = inputs["x"].double().mean(0)
+    assert (mean - exact).abs().max() <= torch.finfo(torch.float32).eps * 512  # one place of 1,000
+
+
 @pytest.mark.parametrize("layout", ["sliced", "transposed"])
 def test_any_layout(layout, nan_memory):
     check(inputs_of(2, 21, d=24, layout=layout))

@@ -4,6 +4,8 @@ A thread adds one row after the other, as Welford (1962) does, so that squares a
 programs are merged as Chan, Golub and LeVeque (1979) do:
 
     mean = sum_p n_p mean_p / n             n variance = sum_p (squares_p + n_p (mean_p - mean)^2)
+
+A mean of numbers far from zero loses digits that their spread needs, so the mean of what is left is added to it.
 """
 
 import triton
@@ -33,7 +35,9 @@ def store_part(part_ptr, number, mean, squares, D: tl.constexpr, BD: tl.constexp
     """Merge a program's lanes and store its means, sums of squares around them and number of rows [3, D]."""
     d = tl.arange(0, BD)
     rows = tl.sum(number, axis=0)
-    middle = tl.sum(number[:, None] * mean, axis=0) / tl.maximum(rows, 1.0)
+    count = tl.maximum(rows, 1.0)
+    middle = tl.sum(number[:, None] * mean, axis=0) / count
+    middle += tl.sum(number[:, None] * (mean - middle[None, :]), axis=0) / count
     off = mean - middle[None, :]
     tl.store(part_ptr + d, middle, mask=d < D)
     tl.store(part_ptr + D + d, tl.sum(squares + number[:, None] * off * off, axis=0), mask=d < D)
@@ -62,16 +66,18 @@ def merge(
         sums += number * tl.load(at, mask=there, other=0.0)
     number = tl.maximum(tl.sum(numbers, axis=0), 1.0)
     mean = tl.sum(sums, axis=0) / number
-    squares = tl.zeros([BLOCK, COLUMNS], tl.float32)
+    left, squares = tl.zeros([BLOCK, COLUMNS], tl.float32), tl.zeros([BLOCK, COLUMNS], tl.float32)
     for first in range(0, parts, BLOCK):
         part = first + tl.arange(0, BLOCK)
         there = (part < parts)[:, None] & (d < D)[None, :]
         at = parts_ptr + (part.to(tl.int64) * (3 * D))[:, None] + d[None, :]
         off = tl.load(at, mask=there, other=0.0) - mean[None, :]
-        off *= off * tl.load(at + 2 * D, mask=there, other=0.0)
-        squares += off + tl.load(at + D, mask=there, other=0.0)
-    tl.store(moments_ptr + d, mean, mask=d < D)
-    tl.store(moments_ptr + D + d, tl.sum(squares, axis=0) / number, mask=d < D)
+        weighted = off * tl.load(at + 2 * D, mask=there, other=0.0)
+        left += weighted
+        squares += off * weighted + tl.load(at + D, mask=there, other=0.0)
+    more = tl.sum(left, axis=0) / number
+    tl.store(moments_ptr + d, mean + more, mask=d < D)
+    tl.store(moments_ptr + D + d, tl.maximum(tl.sum(squares, axis=0) / number - more * more, 0.0), mask=d < D)
     tl.store(moments_ptr + 2 * D + d, number, mask=d < D)
 
 
