@@ -1,6 +1,7 @@
 """The command line: finds the command, and turns what goes wrong into one line and an exit code.
 
-Exit codes: 0 done (also a training that was stopped and saved), 2 the user's mistake, 1 ours, 130 interrupted.
+Exit codes: 0 done (also a training that was stopped and saved), 2 the user's mistake or too little
+memory for what was asked, 1 ours, 130 interrupted.
 """
 
 import io

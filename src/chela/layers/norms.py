@@ -74,10 +74,10 @@ class BatchNorm(nn.BatchNorm1d):
     ) -> Float[Tensor, "b t d"]:
         """Normalise each channel over B and T; the result is of that dtype, x's by default."""
         plain = resolve(impl, x.device, "batch_norm") == "reference"
-        if not self.training or (plain and mask is None):
+        if not self.training or (plain and mask is None):  # torch's own goes over x fewer times than the reference
             return super().forward(x.flatten(0, 1)).view_as(x).to(x.dtype if dtype is None else dtype)
         y, moments = batch_norm(x, self.weight, self.bias, mask=mask, eps=self.eps, dtype=dtype, impl=impl)
-        self.statistics(moments)
+        self._follow(moments)
         return y
 
     def statistics(self, moments: Moments | None) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
@@ -86,15 +86,21 @@ class BatchNorm(nn.BatchNorm1d):
         Args:
             moments: of x, while training; the running ones follow them. None takes the running ones.
         """
+        if moments is not None:
+            self._follow(moments)
+            return moments.mean, torch.rsqrt(moments.variance + self.eps)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        return self.running_mean, torch.rsqrt(self.running_var + self.eps)
+
+    def _follow(self, moments: Moments) -> None:
+        """Move the running statistics towards a batch's."""
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.momentum is not None
-        if moments is None:
-            return self.running_mean, torch.rsqrt(self.running_var + self.eps)
         mean, variance, count = moments
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), self.momentum)
             if self.num_batches_tracked is not None:
                 self.num_batches_tracked += 1
-        return mean, torch.rsqrt(variance + self.eps)

@@ -43,6 +43,18 @@ def check_shape(name: str, tensor: Tensor, wanted: tuple[int, ...], legend: str)
         raise ValueError(f"{name} must be {legend} = {list(wanted)}; got {list(tensor.shape)}")
 
 
+def check_counts(mask: Tensor | None, name: str, like: Tensor) -> None:
+    """Check that a mask says of each row of `like` [..., width], called `name`, whether it counts; None is fine.
+
+    Raises:
+        ValueError: not bool [...] on the same device.
+    """
+    rows = like.shape[:-1]
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != rows or mask.device != like.device):
+        got = f"{mask.dtype} {list(mask.shape)} on {mask.device}"
+        raise ValueError(f"mask must be bool [...] = {list(rows)} on the device of {name}, {like.device}; got {got}")
+
+
 def check_causal_only(causal: bool, state: Tensor | None, return_state: bool, cu_seqlens: Tensor | None) -> None:
     """Refuse what has no meaning without a direction of time.
 

@@ -5,14 +5,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from chela.ops.batch_norm import reference
-from chela.ops.checks import check_alike, check_shape
+from chela.ops.checks import check_alike, check_counts, check_shape
 from chela.ops.impl import Impl, resolve
 from chela.ops.moments import Moments
 from chela.ops.precision import no_autocast
 
 WIDEST = 1024
 """Most channels D of a row that the Triton kernels take."""
-EPS = 1e-5
 
 
 def batch_norm(
@@ -21,7 +20,7 @@ def batch_norm(
     bias: Float[Tensor, " d"],
     *,
     mask: Bool[Tensor, "..."] | None = None,
-    eps: float = EPS,
+    eps: float = 1e-5,
     dtype: torch.dtype | None = None,
     impl: Impl = "auto",
 ) -> tuple[Float[Tensor, "... d"], Moments]:
@@ -49,13 +48,11 @@ def batch_norm(
     """
     if x.dim() < 1:
         raise ValueError("x must be [..., D]; got a single number")
-    *rows, d = x.shape
+    d = x.shape[-1]
     for name, vector in (("weight", weight), ("bias", bias)):
         check_shape(name, vector, (d,), "[D]")
     check_alike({"x": x}, {"weight": weight, "bias": bias})
-    if mask is not None and (mask.dtype != torch.bool or [*mask.shape] != rows or mask.device != x.device):
-        got = f"{mask.dtype} {list(mask.shape)} on {mask.device}"
-        raise ValueError(f"mask must be bool [...] = {rows} on the device of x, {x.device}; got {got}")
+    check_counts(mask, "x", x)
     dtype = x.dtype if dtype is None else dtype
     if impl == "auto" and d > WIDEST:
         impl = "reference"

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from chela.ops.checks import check_alike, check_shape
+from chela.ops.checks import check_alike, check_counts, check_shape
 from chela.ops.dropout import check_seed, threshold
 from chela.ops.gated_output import reference
 from chela.ops.impl import Impl, resolve
@@ -107,10 +107,7 @@ def gated_output_with_moments(
     Raises:
         ValueError: as `gated_output`, or the mask is not bool [...] on the device of m.
     """
-    rows = m.shape[:-1]
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != rows or mask.device != m.device):
-        got = f"{mask.dtype} {list(mask.shape)} on {mask.device}"
-        raise ValueError(f"mask must be bool [...] = {list(rows)} on the device of m, {m.device}; got {got}")
+    check_counts(mask, "m", m)
     options = {"gain": gain, "heads": heads, "dropout": dropout, "seed": seed, "impl": impl}
     y, moments = _run(m, mixed, residual, weight, bias, mask=mask, moments=True, **options)
     assert moments is not None
