@@ -30,6 +30,7 @@ def take(monkeypatch, name):
     monkeypatch.setattr(
         fused, "keeps", lambda dtype, total, room: name in ("toeplitz", "on_chip") and dtype.itemsize == 2
     )
+    monkeypatch.setattr(fused, "keeps_spectra", lambda dtype, total, taps: name == "panels" and dtype.itemsize == 2)
 
 
 @pytest.fixture(params=METHODS, ids=lambda case: f"{case[0]}-{case[1]}".replace("torch.", ""))

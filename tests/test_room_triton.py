@@ -71,8 +71,12 @@ def test_wide_keys_keep_fewer_tiles_on_their_way(tight):
     assert plan.sums_plan(256, 256, torch.bfloat16, torch.device("cpu")).stages == 2
 
 
-def test_the_longest_rows_are_transformed_where_two_stages_do_not_fit():
-    sizes = torch.bfloat16, 2**18, 2**18, 2**18, 0
-    assert choose(*sizes) == "two_stage"
-    assert choose(*sizes, room=False) == "transform"
-    assert choose(torch.bfloat16, 2**17, 2**17, 2**17, 0, room=False) == "panels"
+def test_the_longest_rows_on_a_chip_are_halved():
+    for length, roomy, tight in (
+        (4096, "on_chip", "on_chip"),
+        (8192, "on_chip", "panels"),
+        (2**20, "panels", "panels"),
+    ):
+        sizes = torch.bfloat16, length, length, length, 0
+        assert choose(*sizes) == roomy
+        assert choose(*sizes, room=False) == tight

@@ -1,6 +1,7 @@
 """The long convolution on a GPU: registered ops that choose their method by shape, and their gradients.
 
-Two ops, for batches and for packed documents; `kept.py` has another for most batches, where gradients are wanted.
+Two ops, for batches and for packed documents. `kept.py` and `kept_spectra.py` have others for most batches, where
+gradients are wanted.
 Triton is imported when one of them runs. Everything else about state and documents is done as in the reference.
 """
 
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor
 
 from chela.ops.launch import roomy
-from chela.ops.long_conv import kept, packed
+from chela.ops.long_conv import kept, kept_spectra, packed
 from chela.ops.long_conv.history import lengthen, with_history, within_reach
-from chela.ops.long_conv.method import keeps, method_of
+from chela.ops.long_conv.method import keeps, keeps_spectra, method_of
 
 
 def long_conv(
@@ -42,8 +43,11 @@ def long_conv(
 
 def _convolve(history: Tensor, kernel: Tensor, reverse: Tensor, length: int) -> Tensor:
     wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (history, kernel, reverse))
-    if wanted and keeps(history.dtype, history.shape[1], room=roomy(history.device)):
+    sizes = history.dtype, history.shape[1]
+    if wanted and keeps(*sizes, room=roomy(history.device)):
         return kept.convolve(history, kernel, reverse, length)
+    if wanted and keeps_spectra(*sizes, kernel.shape[1] + reverse.shape[1]):
+        return kept_spectra.convolve(history, kernel, reverse, length)
     return torch.ops.chela.long_conv.default(history, kernel, reverse, length)
 
 

@@ -10,25 +10,25 @@ from torch import Tensor
 
 from chela.ops.launch import roomy
 
-Method = Literal["toeplitz", "on_chip", "panels", "two_stage", "transform"]
+Method = Literal["toeplitz", "on_chip", "panels", "transform"]
 
-LONGEST: dict[Method, int] = {"on_chip": 2**13, "panels": 2**17, "two_stage": 2**20}
+LONGEST: dict[Method, int] = {"on_chip": 2**13, "panels": 2**20}
 """Inputs a row of these methods may have, a power of two; the first that has room is taken.
 
-It is the fastest wherever that was timed (docs/log.md); panels of 2^15 and 2^16 go by their neighbours.
+It is the fastest wherever that was timed (docs/log.md).
 """
-TIGHT: dict[Method, int] = {"on_chip": 2**12, "panels": 2**17}
+TIGHT: dict[Method, int] = {"on_chip": 2**12, "panels": 2**20}
 """The same on a GPU with less shared memory than an H100 (`chela.ops.launch.roomy`)."""
-BEATEN: dict[Method, int] = {"on_chip": 600, "panels": 2500, "two_stage": 4000, "transform": 4000}
+BEATEN: dict[Method, int] = {"on_chip": 600, "panels": 1800, "transform": 4000}
 """Lags an output sees on average, up to which Toeplitz tiles beat a method, were its rows full."""
 
 
 def choose(dtype: torch.dtype, history: int, length: int, lags: int, ahead: int, *, room: bool = True) -> Method:
     """Name the method for `length` outputs at the end of `history` inputs.
 
-    Toeplitz tiles do O(T L) work on the matrix units, which take 16-bit numbers. Rows on the chip, or in two stages
-    through memory, in panels of channels or one by one, do O(T sqrt T) or less there, of rows padded to a power of
-    two. Transforms do O(T log T) work in float32, moving the data about ten times.
+    Toeplitz tiles do O(T L) work on the matrix units, which take 16-bit numbers. Rows on the chip, or of panels of
+    channels in two stages through memory, do O(T sqrt T) or less there, of rows padded to a power of two. Transforms
+    do O(T log T) work in float32, moving the data about ten times.
 
     Args:
         dtype: of the input.
@@ -36,8 +36,7 @@ def choose(dtype: torch.dtype, history: int, length: int, lags: int, ahead: int,
         length: T, at least 1.
         lags: L, at most S + T.
         ahead: L2, at most T - 1.
-        room: whether the GPU has the shared memory of an H100, which the longest rows on the chip need, and rows in two
-            stages.
+        room: whether the GPU has the shared memory of an H100, which the longest rows on the chip need.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return "transform"
@@ -56,13 +55,22 @@ def keeps(dtype: torch.dtype, history: int, *, room: bool = True) -> bool:
     return dtype in (torch.bfloat16, torch.float16) and history <= (LONGEST if room else TIGHT)["on_chip"]
 
 
+def keeps_spectra(dtype: torch.dtype, history: int, taps: int) -> bool:
+    """Whether the forward pass keeps spectra instead: of panels, where `taps`, both ways, reach most of the history.
+
+    Then no shape makes tiles of them; a product of sizes tells that, which a compiler can follow.
+    """
+    fits = dtype in (torch.bfloat16, torch.float16) and LONGEST["on_chip"] < history <= LONGEST["panels"]
+    return fits and 4 * taps >= 3 * history
+
+
 def method_of(like: Tensor, total: int, kernel: Tensor, reverse: Tensor, length: int) -> Any:
     """The module that convolves `total` inputs of this dtype and device with kernels that are within reach."""
-    from chela.ops.long_conv import on_chip, panels, toeplitz, transform, two_stage
+    from chela.ops.long_conv import on_chip, panels, toeplitz, transform
 
     sizes = total, length, kernel.shape[1], reverse.shape[1]
     name = choose(like.dtype, *sizes, room=roomy(like.device))
-    methods = {"toeplitz": toeplitz, "on_chip": on_chip, "panels": panels, "two_stage": two_stage}
+    methods = {"toeplitz": toeplitz, "on_chip": on_chip, "panels": panels}
     return methods.get(name, transform)
 
 

@@ -1,13 +1,14 @@
-"""The long convolution of rows a little longer than a chip holds: panels of channels, in two stages through memory.
+"""The long convolution of rows longer than a chip holds: panels of channels, in two stages through memory.
 
 The row of N times lies on the circle z^N = i as in `on_chip.py`, and N = N0 Ni. An outer stage takes tiles of columns
 through a transform over N0 points; an inner one takes each of the N0 rows of Ni = N1 N2 through a transform on the
 chip, multiplies by the kernel's spectrum and comes back; the outer stage is undone.
 
-A program takes C neighbouring channels, as columns of the products. So input and output are read and written as they
-lie, [B, T, D], with three passes over the data, none of which transposes; tables are read once for all C.
+A program takes some neighbouring channels, as columns of the products. So input and output are read and written as
+they lie, [B, T, D], with three passes over the data, none of which transposes; tables are read once for all channels.
 Between the stages numbers are float16 over powers of two; errors are relative to the largest entry of a row and
-about those of `on_chip.py`.
+about those of `on_chip.py`. Its programs wait for memory and for one another, so settings are such that two or more
+run on a multiprocessor: that decides, not the number of multiplications.
 """
 
 import functools
@@ -28,25 +29,44 @@ class Size(NamedTuple):
     n0: int
     n1: int
     n2: int
-    outer_warps: int
+    c: int
+    """Channels of a panel, which a program of the inner stage takes."""
+    width: int
+    """Channels of a tile of the outer stage: those of some panels."""
+    p: int = 8
+    """Columns in such a tile, whose numbers share a power of two a channel; divides N2."""
+    m: int = 1
+    """Points of the outer stage's second step, of two; one step with 1."""
+    outer_warps: int = 4
+    outer_registers: int | None = 128
+    """Most of them a thread."""
     warps: int = 8
     """Of the inner stage."""
-    c: int = 8
-    """Channels of a panel."""
-    part: int = 8
-    """Those of them that a program of the inner stage takes, and below, where it also sums over the batch."""
-    sum_part: int = 8
-    p: int = 16
-    """Columns in a tile of the outer stage, whose numbers share a power of two a channel; divides N2."""
+    registers: int = 128
+
+    @property
+    def outer(self) -> dict[str, int | None]:
+        """What kernels of the outer stage are compiled for."""
+        cut = {"N0": self.n0, "M": self.m, "P": self.p, "C": self.c, "W": self.width}
+        return cut | {"num_warps": self.outer_warps, "maxnreg": self.outer_registers}
+
+    @property
+    def inner(self) -> dict[str, int]:
+        """What those of the inner one are."""
+        cut = {"N0": self.n0, "N1": self.n1, "N2": self.n2, "P": self.p, "C": self.c}
+        return cut | {"num_warps": self.warps, "num_stages": 1, "maxnreg": self.registers}
 
 
 SIZES = {
-    2**14: Size(16, 64, 16, 4),
-    2**15: Size(32, 64, 16, 4),
-    2**16: Size(64, 64, 16, 4),
-    2**17: Size(128, 64, 16, 8),
+    2**14: Size(32, 32, 16, c=8, width=16, warps=4),
+    2**15: Size(64, 32, 16, c=8, width=16, outer_registers=168, warps=4),
+    2**16: Size(64, 64, 16, c=8, width=16, outer_registers=168),
+    2**17: Size(64, 64, 32, c=4, width=8),
+    2**18: Size(256, 64, 16, c=4, width=4, m=16, outer_registers=None, warps=4),
+    2**19: Size(256, 64, 32, c=4, width=4, m=16, outer_registers=None),
+    2**20: Size(512, 64, 32, c=4, width=4, p=4, m=16, outer_warps=8),
 }
-"""By N."""
+"""By N. Inner rows of 64 times 64 of two channels were fast, too, and wrong with one setting of four: not used."""
 LONGEST = max(SIZES)
 
 Panels = tuple[Tensor, Tensor]
@@ -60,35 +80,81 @@ def fitting(inputs: int) -> int:
 
 def forward(history: Tensor, kernel: Tensor, reverse: Tensor, length: int) -> Tensor:
     """Convolve; arguments and result as `chela.ops.long_conv.fourier.fft_conv`, at most `LONGEST` 16-bit inputs."""
-    end = history.shape[1]
-    size = SIZES[fitting(end)]
-    x = _convolve(_outer(history, 0, size), _spectra(kernel, reverse, size), size, mirror=False)
-    return _inverse(x, history.new_empty(history.shape[0], length, history.shape[2]), end - length, size)
+    return _forward(history, kernel, reverse, length, keep=False)[0]
+
+
+def forward_keeping(
+    history: Tensor, kernel: Tensor, reverse: Tensor, length: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The same, the spectra of the history and those of the kernels, each over powers, of `kept_shapes`."""
+    out, kept, spectra = _forward(history, kernel, reverse, length, keep=True)
+    return out, *kept, *spectra
+
+
+def kept_shapes(batch: int, total: int, channels: int) -> tuple[tuple[int, ...], ...]:
+    """Of the spectra and the powers of a batch of so many rows; float16 and float32."""
+    size = SIZES[fitting(total)]
+    panels = ceil(channels, size.width) * (size.width // size.c)
+    return (batch, panels, 2, size.n0, size.n1 * size.n2, size.c), (batch, panels, size.n0, size.c)
 
 
 def backward(
     grad: Tensor, history: Tensor, kernel: Tensor, reverse: Tensor, length: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for history, kernel and reverse, given that of the output [B, T, D]."""
-    end = history.shape[1]
-    size = SIZES[fitting(end)]
-    g = _outer(grad, end - length, size)
-    d_kernel, d_reverse = _correlate(g, _outer(history, 0, size), size, kernel, reverse)
-    g = _convolve(g, _spectra(kernel, reverse, size), size, mirror=True)
-    return _inverse(g, history.new_empty(history.shape), 0, size), d_kernel, d_reverse
+    size = SIZES[fitting(history.shape[1])]
+    kept = _spectra(_outer(history, 0, size), size)
+    spectra = _spectra(_outer_taps(kernel, reverse, size), size)
+    return backward_of_kept(grad, kept, spectra, kernel, reverse, history.shape[1])
+
+
+def backward_of_kept(
+    grad: Tensor, kept: Panels, spectra: Panels, kernel: Tensor, reverse: Tensor, total: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same from what the forward pass kept of `total` inputs and of the kernels, of which only sizes are read."""
+    size = SIZES[fitting(total)]
+    x, g = _convolve(_outer(grad, total - grad.shape[1], size), spectra, size, mirror=True, keep=True)
+    d_history = _inverse(x, grad.new_empty(grad.shape[0], total, grad.shape[2]), 0, size)
+    z = torch.empty_like(spectra[0])
+    powers = _powers(z, size)
+    panels_inner_kernels.inner_collect[(z.shape[1], size.n0)](
+        *g, *kept, z, powers, *_tables(size, z.device)[1], 1, grad.shape[0], **size.inner
+    )
+    d_kernel, d_reverse = (torch.empty(taps.shape, dtype=taps.dtype, device=z.device) for taps in (kernel, reverse))
+    sizes = (0, kernel.shape[1], reverse.shape[1])
+    _outer_inverse((z, powers), d_kernel, d_reverse, sizes, kernel.shape[0], size, taps=True, ahead=sizes[2] > 0)
+    return d_history, d_kernel, d_reverse
+
+
+def _forward(
+    history: Tensor, kernel: Tensor, reverse: Tensor, length: int, *, keep: bool
+) -> tuple[Tensor, Panels, Panels]:
+    """The output, the spectra of the history and those of the kernels; without `keep` the first alone counts."""
+    total = history.shape[1]
+    size = SIZES[fitting(total)]
+    taps, joint = _outer_taps(kernel, reverse, size), None
+    if history.shape[0] > 1:
+        spectra = _spectra(taps, size)
+    else:
+        joint, spectra = taps, (torch.empty_like(taps[0]), _powers(taps[0], size)) if keep else taps
+    x, kept = _convolve(_outer(history, 0, size), spectra, size, mirror=False, keep=keep, joint=joint)
+    out = history.new_empty(history.shape[0], length, history.shape[2])
+    return _inverse(x, out, total - length, size), kept, spectra
 
 
 @functools.lru_cache(maxsize=16)
-def _tables(size: Size, device: torch.device) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """f0 and w0 of the outer stage; f1, f2 and w1 of the inner one. Factors in float16, twiddles in float32."""
-    inner, half, single = size.n1 * size.n2, torch.float16, torch.float32
-    a0, a, c, p = count(size.n0), count(size.n1), count(size.n2), count(inner)
-    f0 = turns(a0 / (4 * size.n0) - a0[:, None] * a0 / size.n0) / math.sqrt(size.n0)
-    w0 = turns(((p / 4 - a0[:, None] * p) / (size.n0 * inner)) % 1)
-    f1, f2 = (turns(-k[:, None] * k / len(k)) / math.sqrt(len(k)) for k in (a, c))
+def _tables(size: Size, device: torch.device) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """f0, g0, t0 and w0 of the outer stage; f1, f2 and w1 of the inner one. Factors in float16, twiddles in float32."""
+    m1, inner, half, single = size.n0 // size.m, size.n1 * size.n2, torch.float16, torch.float32
+    a0, b0, k0, a, c, p = (count(n) for n in (m1, size.m, size.n0, size.n1, size.n2, inner))
+    f0 = turns(a0 / (4 * m1) - a0[:, None] * a0 / m1) / math.sqrt(m1)
+    t0 = turns(b0 / (4 * size.n0) - a0[:, None] * b0 / size.n0)
+    w0 = turns(((p / 4 - k0[:, None] * p) / (size.n0 * inner)) % 1)
+    g0, f1, f2 = (turns(-k[:, None] * k / len(k)) / math.sqrt(len(k)) for k in (b0, a, c))
     f1 = torch.stack([f1.real, -f1.imag, f1.imag, f1.real]).to(device, half)
     w1 = turns(-a[:, None] * c / inner)
-    outer = parts(f0, half, device, transpose=True), parts(w0, single, device)
+    first = parts(f0, half, device, transpose=True), parts(g0, half, device)
+    outer = *first, parts(t0, single, device), parts(w0, single, device)
     return outer, (f1, parts(f2, half, device), parts(w1, single, device))
 
 
@@ -99,52 +165,64 @@ def _outer(x: Tensor, front: int, size: Size) -> Panels:
     return _outer_forward(x, x, x.shape[0], x.shape[2], size, sizes, taps=False, ahead=False)
 
 
+def _outer_taps(kernel: Tensor, reverse: Tensor, size: Size) -> Panels:
+    """Both kernels, as one row."""
+    channels, lags, ahead = kernel.shape[0], kernel.shape[1], reverse.shape[1]
+    sizes = (0, lags, ahead, size.n1 * size.n2 // 16, channels, 0, 0, *kernel.stride(), *reverse.stride())
+    return _outer_forward(kernel, reverse, 1, channels, size, sizes, taps=True, ahead=ahead > 0)
+
+
 def _outer_forward(
     x: Tensor, w: Tensor, batch: int, channels: int, size: Size, sizes: tuple[int, ...], *, taps: bool, ahead: bool
 ) -> Panels:
-    panels, inner = ceil(channels, size.c), size.n1 * size.n2
+    groups, inner = ceil(channels, size.width), size.n1 * size.n2
+    panels = groups * (size.width // size.c)
     z = torch.empty(batch, panels, 2, size.n0, inner, size.c, dtype=torch.float16, device=x.device)
     scales = torch.empty(batch, panels, inner // size.p, size.c, dtype=torch.float32, device=x.device)
-    panels_outer_kernels.outer_forward[(panels, inner // size.p, batch)](
-        x,
-        w,
-        z,
-        scales,
-        *_tables(size, x.device)[0],
-        *sizes,
-        TAPS=taps,
-        AHEAD=ahead,
-        N0=size.n0,
-        P=size.p,
-        C=size.c,
-        num_warps=size.outer_warps,
+    panels_outer_kernels.outer_forward[(groups, inner // size.p, batch)](
+        x, w, z, scales, *_tables(size, x.device)[0], *sizes, TAPS=taps, AHEAD=ahead, **size.outer
     )
     return z, scales
 
 
-def _spectra(kernel: Tensor, reverse: Tensor, size: Size) -> Panels:
-    """Transform of both kernels, as one row of panels [1, G, 2, N0, N1, C, N2] over powers."""
-    channels, lags, ahead = kernel.shape[0], kernel.shape[1], reverse.shape[1]
-    sizes = (0, lags, ahead, size.n1 * size.n2 // 16, channels, 0, 0, *kernel.stride(), *reverse.stride())
-    z, scales = _outer_forward(kernel, reverse, 1, channels, size, sizes, taps=True, ahead=ahead > 0)
+def _spectra(x: Panels, size: Size) -> Panels:
+    """The inner transform of every row: [B, G, 2, N0, N1, C, N2], over powers."""
+    z, scales = x
     out, powers = torch.empty_like(z), _powers(z, size)
-    panels_inner_kernels.inner_spectra[(z.shape[1] * size.c // size.part, size.n0)](
-        z, scales, out, powers, *_tables(size, z.device)[1], 2, E=size.part, **_cut(size)
+    panels_inner_kernels.inner_spectra[(z.shape[0] * z.shape[1], size.n0)](
+        z, scales, out, powers, *_tables(size, z.device)[1], 2, **size.inner
     )
     return out, powers
 
 
-def _convolve(x: Panels, spectra: Panels, size: Size, *, mirror: bool) -> Panels:
-    """Inner transform of every row, product with its channel's spectrum, and back to before the inner transform.
+def _convolve(
+    x: Panels, spectra: Panels, size: Size, *, mirror: bool, keep: bool, joint: Panels | None = None
+) -> tuple[Panels, Panels]:
+    """Every row times its channel's spectrum, in place, and, to be kept, the rows' own spectra.
 
-    The result takes the place of the numbers given.
+    Mirrored, from the gradient of the output to that of the history. Joint, of one row: what the outer stage made of
+    the kernels, whose spectra are then made, too, and come to `spectra` to be kept.
     """
     z, scales = x
     panels, powers = z.shape[1], _powers(z, size)
-    panels_inner_kernels.inner_convolve[(z.shape[0] * panels * size.c // size.part, size.n0)](
-        z, scales, powers, *spectra, *_tables(size, z.device)[1], 2, 1, panels, MIRROR=mirror, E=size.part, **_cut(size)
+    kept = (torch.empty_like(z), _powers(z, size)) if keep else (z, powers)
+    panels_inner_kernels.inner_convolve[(z.shape[0] * panels, size.n0)](
+        z,
+        scales,
+        powers,
+        *(spectra if joint is None else joint),
+        *spectra,
+        *kept,
+        *_tables(size, z.device)[1],
+        2,
+        1,
+        panels,
+        JOINT=joint is not None,
+        KEEP=keep,
+        MIRROR=mirror,
+        **size.inner,
     )
-    return z, powers
+    return (z, powers), kept
 
 
 def _inverse(x: Panels, out: Tensor, start: int, size: Size) -> Tensor:
@@ -166,7 +244,7 @@ def _outer_inverse(
 ) -> None:
     z, powers = x
     inner = size.n1 * size.n2
-    panels_outer_kernels.outer_inverse[(z.shape[1], inner // size.p, z.shape[0])](
+    panels_outer_kernels.outer_inverse[(z.shape[1] * size.c // size.width, inner // size.p, z.shape[0])](
         z,
         powers,
         out,
@@ -178,33 +256,10 @@ def _outer_inverse(
         channels,
         TAPS=taps,
         AHEAD=ahead,
-        N0=size.n0,
-        P=size.p,
-        C=size.c,
-        num_warps=size.outer_warps,
+        **size.outer,
     )
-
-
-def _correlate(g: Panels, x: Panels, size: Size, kernel: Tensor, reverse: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the kernels from the outer stage's results for the output's gradient and the history."""
-    z = torch.empty_like(x[0][:1])
-    powers, batch, panels = _powers(z, size), x[0].shape[0], z.shape[1]
-    panels_inner_kernels.inner_correlate[(panels * size.c // size.sum_part, size.n0)](
-        *g, *x, z, powers, *_tables(size, z.device)[1], 2, 1, batch, E=size.sum_part, **_cut(size)
-    )
-    d_kernel, d_reverse = (torch.empty(taps.shape, dtype=taps.dtype, device=z.device) for taps in (kernel, reverse))
-    (channels, lags), ahead = kernel.shape, reverse.shape[1]
-    _outer_inverse((z, powers), d_kernel, d_reverse, (0, lags, ahead), channels, size, taps=True, ahead=ahead > 0)
-    return d_kernel, d_reverse
 
 
 def _powers(z: Tensor, size: Size) -> Tensor:
     """Room for the powers of two after the inner stage."""
     return torch.empty(*z.shape[:2], size.n0, size.c, dtype=torch.float32, device=z.device)
-
-
-def _cut(size: Size) -> dict[str, int]:
-    return {"N0": size.n0, "N1": size.n1, "N2": size.n2, "P": size.p, "C": size.c} | {
-        "num_warps": size.warps,
-        "num_stages": 1,
-    }
