@@ -166,7 +166,7 @@ def inner_convolve(
     at, unit_at = row * (2 * N0 * SIZE) + k0 * SIZE, (row * N0 + k0) * C + c
     flat = (tl.arange(0, N1 * C) * N2)[:, None] + tl.arange(0, N2)[None, :]
     source = spectra + panel * (2 * N0 * SIZE) + k0 * SIZE + flat
-    if JOINT:
+    if JOINT:  # first, as in float16 it takes half the registers while the other is made
         lr, li, power = _transform(taps + at, tap_scales + row * (SIZE // P), f1, f2, w1, two, N0, N1, N2, P, C)
         lr, li, most = _normalise(lr, li, N1, N2, C)
         power *= most
@@ -174,14 +174,15 @@ def inner_convolve(
             tl.store(source, lr)
             tl.store(source + N0 * SIZE, li)
             tl.store(powers + unit_at, power)
-    cr, ci, unit = _transform(z + at, scales + row * (SIZE // P), f1, f2, w1, two, N0, N1, N2, P, C)
+        cr, ci, unit = _transform(z + at, scales + row * (SIZE // P), f1, f2, w1, two, N0, N1, N2, P, C)
+    else:
+        cr, ci, unit = _transform(z + at, scales + row * (SIZE // P), f1, f2, w1, two, N0, N1, N2, P, C)
+        lr, li = tl.load(source), tl.load(source + N0 * SIZE)
+        power = tl.load(powers + (panel * N0 + k0) * C + c)
     if KEEP:
         tl.store(kept + at + flat, cr.to(tl.float16))
         tl.store(kept + at + N0 * SIZE + flat, ci.to(tl.float16))
         tl.store(units + unit_at, unit)
-    if not JOINT:
-        lr, li = tl.load(source), tl.load(source + N0 * SIZE)
-        power = tl.load(powers + (panel * N0 + k0) * C + c)
     if MIRROR:
         li = -li
     tl.store(after + unit_at, unit * power)
