@@ -65,6 +65,14 @@ def _normalise(cr, ci, N1: tl.constexpr, N2: tl.constexpr, C: tl.constexpr):
 
 
 @jit()
+def _put(re, im, power, target, imaginary, powers):
+    """A spectrum in float16 to where its real part lies and, `imaginary` numbers on, the other one; and its powers."""
+    tl.store(target, re.to(tl.float16))
+    tl.store(target + imaginary, im.to(tl.float16))
+    tl.store(powers, power)
+
+
+@jit()
 def _inverse(
     pr,
     pi,
@@ -124,9 +132,7 @@ def inner_spectra(
     cr, ci, unit = _transform(z + at, scales + row * (SIZE // P), f1, f2, w1, two, N0, N1, N2, P, C)
     cr, ci, power = _normalise(cr, ci, N1, N2, C)
     target = out + at + (tl.arange(0, N1 * C) * N2)[:, None] + tl.arange(0, N2)[None, :]
-    tl.store(target, cr)
-    tl.store(target + N0 * SIZE, ci)
-    tl.store(powers + (row * N0 + k0) * C + tl.arange(0, C), unit * power)
+    _put(cr, ci, unit * power, target, N0 * SIZE, powers + (row * N0 + k0) * C + tl.arange(0, C))
 
 
 @jit("two", "once", "panels")
@@ -171,18 +177,16 @@ def inner_convolve(
         lr, li, most = _normalise(lr, li, N1, N2, C)
         power *= most
         if KEEP:
-            tl.store(source, lr)
-            tl.store(source + N0 * SIZE, li)
-            tl.store(powers + unit_at, power)
+            _put(lr, li, power, source, N0 * SIZE, powers + unit_at)
         cr, ci, unit = _transform(z + at, scales + row * (SIZE // P), f1, f2, w1, two, N0, N1, N2, P, C)
+        if KEEP:
+            _put(cr, ci, unit, kept + at + flat, N0 * SIZE, units + unit_at)
     else:
         cr, ci, unit = _transform(z + at, scales + row * (SIZE // P), f1, f2, w1, two, N0, N1, N2, P, C)
+        if KEEP:
+            _put(cr, ci, unit, kept + at + flat, N0 * SIZE, units + unit_at)
         lr, li = tl.load(source), tl.load(source + N0 * SIZE)
         power = tl.load(powers + (panel * N0 + k0) * C + c)
-    if KEEP:
-        tl.store(kept + at + flat, cr.to(tl.float16))
-        tl.store(kept + at + N0 * SIZE + flat, ci.to(tl.float16))
-        tl.store(units + unit_at, unit)
     if MIRROR:
         li = -li
     tl.store(after + unit_at, unit * power)
