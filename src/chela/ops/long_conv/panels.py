@@ -58,10 +58,10 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    2**14: Size(32, 32, 16, c=8, width=16, warps=4),
+    2**14: Size(64, 16, 16, c=8, width=16, outer_registers=168, warps=4),
     2**15: Size(64, 32, 16, c=8, width=16, outer_registers=168, warps=4),
     2**16: Size(64, 64, 16, c=8, width=16, outer_registers=168),
-    2**17: Size(64, 64, 32, c=4, width=8),
+    2**17: Size(64, 64, 32, c=4, width=16, outer_registers=168),
     2**18: Size(256, 64, 16, c=4, width=4, m=16, outer_registers=None, warps=4),
     2**19: Size(256, 64, 32, c=4, width=4, m=16, outer_registers=None),
     2**20: Size(512, 64, 32, c=4, width=4, p=4, m=16, outer_warps=8),
@@ -132,12 +132,8 @@ def _forward(
     """The output, the spectra of the history and those of the kernels; without `keep` the first alone counts."""
     total = history.shape[1]
     size = SIZES[fitting(total)]
-    taps, joint = _outer_taps(kernel, reverse, size), None
-    if history.shape[0] > 1:
-        spectra = _spectra(taps, size)
-    else:
-        joint, spectra = taps, (torch.empty_like(taps[0]), _powers(taps[0], size)) if keep else taps
-    x, kept = _convolve(_outer(history, 0, size), spectra, size, mirror=False, keep=keep, joint=joint)
+    spectra = _spectra(_outer_taps(kernel, reverse, size), size)
+    x, kept = _convolve(_outer(history, 0, size), spectra, size, mirror=False, keep=keep)
     out = history.new_empty(history.shape[0], length, history.shape[2])
     return _inverse(x, out, total - length, size), kept, spectra
 
@@ -195,13 +191,10 @@ def _spectra(x: Panels, size: Size) -> Panels:
     return out, powers
 
 
-def _convolve(
-    x: Panels, spectra: Panels, size: Size, *, mirror: bool, keep: bool, joint: Panels | None = None
-) -> tuple[Panels, Panels]:
+def _convolve(x: Panels, spectra: Panels, size: Size, *, mirror: bool, keep: bool) -> tuple[Panels, Panels]:
     """Every row times its channel's spectrum, in place, and, to be kept, the rows' own spectra.
 
-    Mirrored, from the gradient of the output to that of the history. Joint, of one row: what the outer stage made of
-    the kernels, whose spectra are then made, too, and come to `spectra` to be kept.
+    Mirrored, from the gradient of the output to that of the history.
     """
     z, scales = x
     panels, powers = z.shape[1], _powers(z, size)
@@ -210,14 +203,12 @@ def _convolve(
         z,
         scales,
         powers,
-        *(spectra if joint is None else joint),
         *spectra,
         *kept,
         *_tables(size, z.device)[1],
         2,
         1,
         panels,
-        JOINT=joint is not None,
         KEEP=keep,
         MIRROR=mirror,
         **size.inner,

@@ -140,8 +140,6 @@ def inner_convolve(
     z,
     scales,
     after,
-    taps,
-    tap_scales,
     spectra,
     powers,
     kept,
@@ -152,7 +150,6 @@ def inner_convolve(
     two,
     once,
     panels,
-    JOINT: tl.constexpr,
     KEEP: tl.constexpr,
     MIRROR: tl.constexpr,
     N0: tl.constexpr,
@@ -163,33 +160,21 @@ def inner_convolve(
 ):
     """Every row of z times its channel's spectrum (its conjugate, if MIRROR), in place, over `after` [B, G, N0, C].
 
-    JOINT: of one row a channel, the spectrum is made here, from the outer stage's result for taps. KEEP: the rows' own
-    spectra go to `kept`, over `units`, and what was made here to `spectra`, over `powers`.
+    KEEP: the rows' own spectra go to `kept`, over `units`.
     """
     row, k0 = tl.program_id(0).to(tl.int64), tl.program_id(1)
     panel, c = row % panels, tl.arange(0, C)
     SIZE: tl.constexpr = N1 * N2 * C
     at, unit_at = row * (2 * N0 * SIZE) + k0 * SIZE, (row * N0 + k0) * C + c
     flat = (tl.arange(0, N1 * C) * N2)[:, None] + tl.arange(0, N2)[None, :]
+    cr, ci, unit = _transform(z + at, scales + row * (SIZE // P), f1, f2, w1, two, N0, N1, N2, P, C)
+    if KEEP:
+        _put(cr, ci, unit, kept + at + flat, N0 * SIZE, units + unit_at)
     source = spectra + panel * (2 * N0 * SIZE) + k0 * SIZE + flat
-    if JOINT:  # first, as in float16 it takes half the registers while the other is made
-        lr, li, power = _transform(taps + at, tap_scales + row * (SIZE // P), f1, f2, w1, two, N0, N1, N2, P, C)
-        lr, li, most = _normalise(lr, li, N1, N2, C)
-        power *= most
-        if KEEP:
-            _put(lr, li, power, source, N0 * SIZE, powers + unit_at)
-        cr, ci, unit = _transform(z + at, scales + row * (SIZE // P), f1, f2, w1, two, N0, N1, N2, P, C)
-        if KEEP:
-            _put(cr, ci, unit, kept + at + flat, N0 * SIZE, units + unit_at)
-    else:
-        cr, ci, unit = _transform(z + at, scales + row * (SIZE // P), f1, f2, w1, two, N0, N1, N2, P, C)
-        if KEEP:
-            _put(cr, ci, unit, kept + at + flat, N0 * SIZE, units + unit_at)
-        lr, li = tl.load(source), tl.load(source + N0 * SIZE)
-        power = tl.load(powers + (panel * N0 + k0) * C + c)
+    lr, li = tl.load(source).to(tl.float32), tl.load(source + N0 * SIZE).to(tl.float32)
     if MIRROR:
         li = -li
-    tl.store(after + unit_at, unit * power)
+    tl.store(after + unit_at, unit * tl.load(powers + (panel * N0 + k0) * C + c))
     pr, pi = (cr * lr - ci * li).to(tl.float16), (cr * li + ci * lr).to(tl.float16)
     _inverse(pr, pi, z + at, f1, f2, w1, once, N0, N1, N2, C)
 
