@@ -98,3 +98,27 @@ def test_pairs_of_gpu_and_triton_known_to_be_bad(capability, triton, bad, untest
 def test_the_doctor_knows_them_too(tmp_path):
     rows = [(name, text) for part, name, text in diagnose(tmp_path) if part == "GPUs and Triton"]
     assert [name for name, _ in rows] == [name for name, _ in known_issues(None, "")]
+
+
+def test_kernels_are_compiled_side_by_side_before_the_cases(monkeypatch):
+    """Of three kernels one cannot be compiled: the others are, and its case will say so."""
+    compiled = []
+
+    class Kernel:
+        def preload(self, how):
+            if how == "broken":
+                raise RuntimeError("no such instruction")
+            compiled.append(how)
+
+    ran = []
+
+    def would_compile(act):
+        act()
+        return [(Kernel(), how) for how in ("first", "broken", "last")]
+
+    monkeypatch.setattr(module, "would_compile", would_compile)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(module, "values_and_gradients", lambda op, inputs: ran.append(op) or 1 / 0)
+    module._compile(CASES["cpu"], torch.float32, torch.device("cpu"))
+    assert len(ran) == len(CASES["cpu"])
+    assert sorted(compiled) == ["first", "last"]

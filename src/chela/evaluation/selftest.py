@@ -4,10 +4,14 @@ On a GPU the Triton kernels are tested, in bfloat16 where the GPU has it; withou
 and limits are those of `chela.ops.testing`: the error that an op may have is computed, not chosen.
 """
 
+import contextlib
+import functools
 import re
 import time
 from collections.abc import Callable
+from concurrent.futures import wait
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -31,7 +35,8 @@ from chela.ops.random_inputs import (
     short_conv_inputs,
 )
 from chela.ops.short_conv import reference
-from chela.ops.testing import check_op
+from chela.ops.testing import check_op, values_and_gradients
+from chela.training.precompile import begin, would_compile
 
 Inputs = dict[str, Tensor]
 Outputs = tuple[Tensor | None, ...]
@@ -101,7 +106,8 @@ def _short(*sizes: int) -> Case:
 
 def _long(*sizes: int) -> Case:
     def plain(x: Tensor, kernel: Tensor) -> Outputs:
-        form = fft_conv if x.dtype == torch.float32 else direct  # a transform's rounding is no sum's
+        sums = x.dtype != torch.float32 and x.shape[1] <= 8192  # a transform's rounding is none; but long ones last
+        form = direct if sums else fft_conv
         return (form(x, kernel.to(x.dtype), kernel[:, :0].to(x.dtype), x.shape[1]),)
 
     return Case(
@@ -193,6 +199,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         _long(9, 2048, 24, 2048),
         _long(9, 4096, 24, 4096),
         _long(1, 4099, 24, 4099),
+        _long(2, 14_113, 24, 14_113),
         _feed_forward(4099, 128, 256),
         _feed_forward(4099, 128, 256, gated=True),
         _gated(4099, 128, 256),
@@ -218,6 +225,7 @@ def selftest(device: torch.device, *, write: Callable[[str], object] = print) ->
         impl: Impl = "triton"
         cases = tuple(case for case in cases if case.op in WITH_TRITON)
         write(f"Triton kernels on {torch.cuda.get_device_name(device)} in {_name(dtype)}, against float64:")
+        _compile(cases, dtype, device)
     else:
         dtype, impl = torch.float32, "reference"
         write(f"no GPU to test kernels on: the reference on the CPU in {_name(dtype)}, against float64:")
@@ -228,6 +236,19 @@ def selftest(device: torch.device, *, write: Callable[[str], object] = print) ->
         write(f"{verdict}  {case.op:<17} {case.what:<42} {finding}, {time.perf_counter() - started:.1f} s")
     write(f"{len(cases) - failures} of {len(cases)} passed, {time.perf_counter() - began:.1f} s")
     return failures
+
+
+def _compile(cases: tuple[Case, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """All kernels side by side, which one after the other would take most of the time; what fails is found later."""
+    if find_spec("triton") is None or find_spec("triton.knobs") is None:
+        return
+
+    def launch() -> None:
+        for case in cases:
+            with contextlib.suppress(Exception):
+                values_and_gradients(functools.partial(case.run, impl="triton"), case.make(dtype, device))
+
+    wait(begin(would_compile(launch), device))
 
 
 def _judge(case: Case, impl: Impl, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:

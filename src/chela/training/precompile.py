@@ -46,7 +46,11 @@ def precompile(run: RunConfig, batch: Batch, dtype: torch.dtype) -> list[Future[
     if run.train.pad_multiple > 1 and run.model.kind != "causal-lm" and run.model.kernel_length:
         batches.append(pad(batch, run.model.kernel_length, run.model.kernel_length))
     device = batch.inputs.device
-    wanted = would_compile(lambda: _rehearse(run, batches, dtype))
+    return begin(would_compile(lambda: _rehearse(run, batches, dtype)), device)
+
+
+def begin(wanted: list[Wanted], device: torch.device) -> list[Future[Any]]:
+    """Begin to compile all that, in threads."""
     pool = ThreadPoolExecutor(os.cpu_count(), "chela-compile", torch.cuda.set_device, (device,))
     jobs = [pool.submit(kernel.preload, how) for kernel, how in wanted]
     pool.shutdown(wait=False)
