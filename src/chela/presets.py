@@ -111,10 +111,10 @@ def text() -> RunConfig:
     return replace(
         start,
         preset="text",
-        model=replace(start.model, vocab=257, classes=2, layers=4, kernel_length=4096, token_dropout=0.3),
+        model=replace(start.model, vocab=257, classes=2, layers=4, kernel_length=4096, token_dropout=0.4),
         data=DataConfig(task="text"),
         optim=replace(start.optim, lr=6e-3, warmup=4000, schedule="cosine"),
-        train=replace(start.train, steps=12_000, batch_size=50, ema_decay=0.999, eval_batch_size=100),
+        train=replace(start.train, steps=28_000, batch_size=50, ema_decay=0.999, eval_batch_size=100),
     )
 
 
