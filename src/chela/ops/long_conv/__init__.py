@@ -58,7 +58,7 @@ def long_conv(
         impl: "auto", "triton" or "reference". Triton takes 16-bit inputs by Toeplitz tiles where outputs see up to one
             or a few thousand lags, and packed ones; up to 2^20 inputs by transforms on the matrix units; all else by
             torch's transforms between fused passes (`chela.ops.long_conv.method`). Where it keeps spectra for the
-            backward pass (16 bits, 8,193 inputs and more, kernels of three quarters of them) it has no second derivative.
+            backward pass (16 bits, from 8,193 inputs on, kernels of three quarters of them), no second derivative.
 
     Returns:
         Output [B, T, D] in x's dtype, and the state [B, min(S + T, L-1), D] (packed: [N, L-1, D], with zeros in
