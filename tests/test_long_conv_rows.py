@@ -65,8 +65,8 @@ def test_a_full_row_never_wraps_around(name, causal):
 
 
 PARTS = ["one tap", "a few", "a third", "all", "more", "both ways"]
-INTERPRETED = [(14_113, "more"), (14_113, "both ways"), (65_537, "both ways")]
-"""The others take the interpreter four minutes."""
+INTERPRETED = [(14_113, "more"), (14_113, "both ways")]
+"""The others take the interpreter five minutes."""
 
 
 @pytest.mark.parametrize(
@@ -114,10 +114,8 @@ def test_the_op_is_well_registered(name):
         (2**16, panels.Size(256, 16, 16, c=1, width=1, p=16, m=16)),
     ],
 )
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [1, pytest.param(2, marks=pytest.mark.gpu)])
 def test_panels_of_other_cuts(n, size, batch, monkeypatch):
-    if batch > 1 and n == 2**16 and DEVICE == "cpu":
-        pytest.skip("a minute in the interpreter, and what differs has been seen with shorter rows")
     monkeypatch.setattr(panels, "SIZES", {n: size})
     take(monkeypatch, "panels")
     op = functools.partial(long_conv, causal=False, impl="triton")
@@ -237,6 +235,7 @@ def test_the_choice_knows_the_longest_rows():
     for size in panels.SIZES.values():
         assert size.n2 % size.p == size.width % size.c == size.n0 % size.m == 0
         assert size.m == 1 or min(size.m, size.n0 // size.m) >= 16
+        assert (size.n1, size.n2) != (64, 64)  # seen to give wrong numbers on an H200 with Triton 3.6 (docs/log.md)
 
 
 @pytest.mark.parametrize("n", on_chip.SIZES)

@@ -18,7 +18,8 @@ from test_long_conv_triton import DEVICE, convolve, inputs_of, take  # pyrefly: 
 HALF, BRAIN = torch.float16, torch.bfloat16
 causal = functools.partial(long_conv, impl="triton")
 both_ways = functools.partial(long_conv, causal=False, impl="triton")
-SHORT = {4096: panels.Size(16, 16, 16, c=4, width=8), 8192: panels.Size(16, 32, 16, c=4, width=4)}
+SHORT = {4096: panels.Size(16, 16, 16, c=8, width=8, p=16)}
+"""The fewest programs, as the interpreter takes them one by one."""
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +49,7 @@ def test_spectra_are_saved_in_place_of_the_history():
 
 @pytest.mark.parametrize("wanted", ["x", "kernel"])
 def test_one_gradient_alone(wanted):
-    inputs = inputs_of(2, 150, 3, 160, dtype=HALF)
+    inputs = inputs_of(1, 150, 3, 160, dtype=HALF)
     expected = values_and_gradients(causal, inputs)
     inputs[wanted].requires_grad_()
     out, _ = causal(**inputs)
@@ -73,12 +74,12 @@ def test_a_second_derivative_is_refused():
 
 
 def test_ops_are_well_registered():
-    history = draw(2, 30, 3, seed=0, dtype=HALF, layout="transposed", device=DEVICE)
+    history = draw(1, 30, 3, seed=0, dtype=HALF, layout="transposed", device=DEVICE)
     leaves = [history, *(draw(3, lags, seed=lags, device=DEVICE) for lags in (25, 24))]
     arguments = (*(leaf.requires_grad_() for leaf in leaves), 25)
     torch.library.opcheck(torch.ops.chela.long_conv_keeping_spectra.default, arguments)
     kept = (tensor.detach() for tensor in torch.ops.chela.long_conv_keeping_spectra.default(*arguments)[1:])
-    grad = draw(2, 25, 3, seed=2, dtype=HALF, device=DEVICE)
+    grad = draw(1, 25, 3, seed=2, dtype=HALF, device=DEVICE)
     arguments = (grad, *kept, *(leaf.detach() for leaf in leaves[1:]), 30)
     torch.library.opcheck(torch.ops.chela.long_conv_spectra_backward.default, arguments)
 
@@ -99,13 +100,13 @@ def test_a_compiled_program_keeps_spectra_too_and_is_compiled_once_more_for_long
     monkeypatch.setattr(panels, "SIZES", {512: SHORT[4096], 4096: SHORT[4096]})
     monkeypatch.setattr(panels, "fitting", lambda inputs: 512 if inputs <= 512 else 4096)
     compiled = torch.compile(both_ways, fullgraph=True, backend="aot_eager", dynamic=True)
-    for length, stance in [(100, "default"), (129, None), (600, "default"), (700, None), (90, None)]:
-        inputs = inputs_of(2, length, 3, length, reverse=length - 1, dtype=HALF)
+    for length, stance in [(100, "default"), (600, "default"), (700, None), (90, None)]:
+        inputs = inputs_of(1, length, 3, length, reverse=length - 1, dtype=HALF)
         with torch.compiler.set_stance(stance or "fail_on_recompile"):
             count, actual = saved_by(functools.partial(values_and_gradients, compiled, inputs))
         expected = values_and_gradients(both_ways, inputs)
         assert all(torch.equal(actual[each], expected[each]) for each in expected)
-        assert count > 3 * 2 * 4096 * 8 * 2
+        assert count > 2 * (2 * 4096 * 8 * 2)
 
 
 def test_what_keeps_spectra_goes_in_panels(monkeypatch):
