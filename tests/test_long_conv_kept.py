@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from chela.ops import long_conv
-from chela.ops.long_conv import fused, kept, method, on_chip, toeplitz
+from chela.ops.long_conv import fused, kept, kept_spectra, method, on_chip, toeplitz
 from chela.ops.long_conv.history import places
 from chela.ops.long_conv.method import keeps
 from chela.ops.random_inputs import draw
@@ -140,11 +140,12 @@ def test_ops_are_well_registered(name):
     )
 
 
-def test_no_channels_and_no_inputs():
+@pytest.mark.parametrize("keeping", [kept, kept_spectra])
+def test_no_channels_and_no_inputs(keeping):
     for batch, length, channels in ((0, 9, 3), (2, 9, 0), (2, 0, 3)):
         history = draw(batch, length, channels, seed=0, dtype=HALF, device=DEVICE).requires_grad_()
         kernel = draw(channels, 4, seed=1, device=DEVICE).requires_grad_()
-        out = kept.convolve(history, kernel, kernel[:, :0], length)
+        out = keeping.convolve(history, kernel, kernel[:, :0], length)
         assert out.shape == history.shape
         d_history, d_kernel = torch.autograd.grad(out.sum(), [history, kernel])
         assert d_history.shape == history.shape

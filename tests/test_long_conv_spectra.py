@@ -84,17 +84,6 @@ def test_ops_are_well_registered():
     torch.library.opcheck(torch.ops.chela.long_conv_spectra_backward.default, arguments)
 
 
-def test_no_channels_and_no_inputs():
-    for batch, length, channels in ((0, 9, 3), (2, 9, 0), (2, 0, 3)):
-        history = draw(batch, length, channels, seed=0, dtype=HALF, device=DEVICE).requires_grad_()
-        kernel = draw(channels, 4, seed=1, device=DEVICE).requires_grad_()
-        out = kept_spectra.convolve(history, kernel, kernel[:, :0], length)
-        assert out.shape == history.shape
-        d_history, d_kernel = torch.autograd.grad(out.sum(), [history, kernel])
-        assert d_history.shape == history.shape
-        assert torch.equal(d_kernel, torch.zeros_like(kernel))
-
-
 def test_a_compiled_program_keeps_spectra_too_and_is_compiled_once_more_for_longer_rows(monkeypatch):
     """N follows from the length, and so do the shapes of what is kept."""
     monkeypatch.setattr(panels, "SIZES", {512: SHORT[4096], 4096: SHORT[4096]})

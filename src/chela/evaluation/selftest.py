@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import wait
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -106,7 +105,7 @@ def _short(*sizes: int) -> Case:
 
 def _long(*sizes: int) -> Case:
     def plain(x: Tensor, kernel: Tensor) -> Outputs:
-        sums = x.dtype != torch.float32 and x.shape[1] <= 8192  # a transform's rounding is none; but long ones last
+        sums = x.dtype != torch.float32 and x.shape[1] <= 8192  # a transform's rounding is no sum's; long sums last
         form = direct if sums else fft_conv
         return (form(x, kernel.to(x.dtype), kernel[:, :0].to(x.dtype), x.shape[1]),)
 
@@ -240,8 +239,6 @@ def selftest(device: torch.device, *, write: Callable[[str], object] = print) ->
 
 def _compile(cases: tuple[Case, ...], dtype: torch.dtype, device: torch.device) -> None:
     """All kernels side by side, which one after the other would take most of the time; what fails is found later."""
-    if find_spec("triton") is None or find_spec("triton.knobs") is None:
-        return
 
     def launch() -> None:
         for case in cases:

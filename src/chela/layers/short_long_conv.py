@@ -178,8 +178,9 @@ class ShortLongConv(nn.Module):
         """Each branch through its own convolution and batch norm: its statistics are not known before."""
         if return_state or before.long is not None:
             raise ValueError(
-                "no state is taken or given while branch norm trains, for its statistics are of whole sequences: "
-                "call eval() to step or prefill, or build the layer with branch_norm=False to train on a state"
+                "no state is taken or given while branch norm trains, for its statistics are of whole sequences: leave "
+                "state and return_state out to train, call eval() to step or prefill, or build the layer with "
+                "branch_norm=False to train on a state"
             )
         assert kernel.norms is not None
         total = torch.zeros_like(u)

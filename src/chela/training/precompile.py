@@ -38,8 +38,6 @@ def precompile(run: RunConfig, batch: Batch, dtype: torch.dtype) -> list[Future[
     Returns:
         What is under way. Nobody has to wait for it: a kernel that is launched before it is done is compiled there.
     """
-    if find_spec("triton") is None or find_spec("triton.knobs") is None:
-        return []
     if run.model.mixer != "chela":  # kernels of others are tuned while they are launched
         return []
     batches = [batch]
@@ -60,8 +58,10 @@ def begin(wanted: list[Wanted], device: torch.device) -> list[Future[Any]]:
 def would_compile(act: Callable[[], object]) -> list[Wanted]:
     """What Triton would compile if `act` ran, which runs without it: whatever the kernels would write stays as it was.
 
-    Kernels that are compiled already do run.
+    Kernels that are compiled already do run. Of a Triton without `knobs`, or of none, nothing: `act` does not run then.
     """
+    if find_spec("triton") is None or find_spec("triton.knobs") is None:
+        return []
     from triton import knobs
 
     wanted: dict[tuple[int, str], Wanted] = {}

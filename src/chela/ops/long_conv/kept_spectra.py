@@ -78,17 +78,8 @@ def _shapes(history: Tensor, kernel: Tensor, reverse: Tensor, length: int) -> tu
 
 
 @torch.library.register_fake("chela::long_conv_spectra_backward")
-def _backward_shapes(
-    grad: Tensor,
-    kept: Tensor,
-    units: Tensor,
-    spectra: Tensor,
-    powers: Tensor,
-    kernel: Tensor,
-    reverse: Tensor,
-    total: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, _, channels = grad.shape
+def _backward_shapes(grad: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    (batch, _, channels), (*_, kernel, reverse, total) = grad.shape, others
     return grad.new_empty(batch, total, channels), kernel.new_empty(kernel.shape), reverse.new_empty(reverse.shape)
 
 
